@@ -1,0 +1,1 @@
+//! tow: the laptop's side of Towline.

@@ -1,0 +1,1 @@
+//! The control plane's decisions, sans-IO: raft, replicated state, placement, reconcile.

@@ -1,0 +1,1 @@
+//! The control plane's driver: write-ahead log, peers, API, telemetry.

@@ -1,0 +1,1 @@
+//! The node agent's decisions, sans-IO: VM lifecycle, assignments, capacity.

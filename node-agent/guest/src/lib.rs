@@ -1,0 +1,1 @@
+//! PID 1 in the microVM: exec, files, image mounts; small and static.

@@ -1,0 +1,48 @@
+//! Every size and time bound that two machines must agree on.
+
+use std::time::Duration;
+
+/// Version of the guest protocol (`GuestHello.protocol`, `FilesOpen.protocol`).
+pub const GUEST_PROTOCOL: u32 = 1;
+
+/// Largest body of a frame: 1 MiB of payload and room for a header of its own.
+pub const FRAME_BODY_MAX: usize = (1 << 20) + 4096;
+
+/// Payload of one STDIN, STDOUT or STDERR frame that a sender should not exceed, so that
+/// interactive frames never wait behind a long one.
+pub const DATA_CHUNK_MAX: usize = 64 << 10;
+
+/// What a sender of a durable stream keeps until it is acknowledged, per direction and stream.
+pub const UNACKED_MAX: usize = 1 << 20;
+
+/// Output kept in memory for an exec that nobody is attached to, before its process is held.
+pub const DETACHED_OUTPUT_MAX: usize = 8 << 20;
+
+/// Spool on the sandbox's disk of a `-d` exec; older output is dropped beyond it.
+pub const SPOOL_MAX: u64 = 256 << 20;
+
+/// Arguments and environment of one exec together, as Linux bounds them.
+pub const ARGV_ENV_MAX: usize = 2 << 20;
+
+/// Execs (running or ended and not yet forgotten) that a guest agent keeps.
+pub const EXECS_MAX: usize = 1024;
+
+/// Streams that one guest link carries at once.
+pub const GUEST_STREAMS_MAX: usize = 4096;
+
+/// Components of a synced path, and bytes of one.
+pub const PATH_DEPTH_MAX: usize = 128;
+/// Bytes of one path component, as Linux bounds them.
+pub const PATH_COMPONENT_MAX: usize = 255;
+
+/// Longest life of a ticket.
+pub const TICKET_LIFE_MAX: Duration = Duration::from_secs(600);
+
+/// Life of a leaf certificate; it is renewed at half of it.
+pub const LEAF_LIFE: Duration = Duration::from_secs(24 * 3600);
+
+/// A node's right to run what it was given, renewed by each heartbeat's answer.
+pub const NODE_LEASE: Duration = Duration::from_secs(10);
+
+/// How often a node says that it is alive.
+pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);

@@ -1,0 +1,1 @@
+//! Real binaries, real microVMs, real peers.

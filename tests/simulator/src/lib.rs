@@ -1,0 +1,1 @@
+//! Both cores under one seed.
