@@ -430,6 +430,9 @@ pub struct CreateTokenRequest {
     pub ttl_s: u64,
     #[prost(uint32, tag = "5")]
     pub uses_max: u32,
+    /// The only name that may enroll with it; empty: any.
+    #[prost(string, tag = "6")]
+    pub name: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CreateTokenResponse {
@@ -1351,6 +1354,7 @@ pub struct LogEntry {
     /// 0 normal, 1 conf change (v1, unused), 2 conf change v2.
     #[prost(uint32, tag = "3")]
     pub kind: u32,
+    /// Normal: an encoded CommandBatch, or empty. Conf change: an encoded MembershipChange.
     #[prost(bytes = "bytes", tag = "4")]
     pub data: ::prost::bytes::Bytes,
     #[prost(bytes = "bytes", tag = "5")]
@@ -1364,4 +1368,331 @@ pub struct HardState {
     pub vote: u64,
     #[prost(uint64, tag = "3")]
     pub commit: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ConfState {
+    #[prost(uint64, repeated, tag = "1")]
+    pub voters: ::prost::alloc::vec::Vec<u64>,
+    #[prost(uint64, repeated, tag = "2")]
+    pub learners: ::prost::alloc::vec::Vec<u64>,
+    #[prost(uint64, repeated, tag = "3")]
+    pub voters_outgoing: ::prost::alloc::vec::Vec<u64>,
+    #[prost(uint64, repeated, tag = "4")]
+    pub learners_next: ::prost::alloc::vec::Vec<u64>,
+    #[prost(bool, tag = "5")]
+    pub auto_leave: bool,
+}
+/// Same fields as raft-rs's ConfChangeV2, decoded by us.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct MembershipChange {
+    #[prost(uint32, tag = "1")]
+    pub transition: u32,
+    #[prost(message, repeated, tag = "2")]
+    pub changes: ::prost::alloc::vec::Vec<MembershipStep>,
+    #[prost(bytes = "vec", tag = "3")]
+    pub context: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MembershipStep {
+    /// 0 add a voter, 1 remove, 2 add a learner.
+    #[prost(uint32, tag = "1")]
+    pub kind: u32,
+    #[prost(uint64, tag = "2")]
+    pub member: u64,
+}
+/// One message of raft between members.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RaftMessage {
+    #[prost(uint32, tag = "1")]
+    pub kind: u32,
+    #[prost(uint64, tag = "2")]
+    pub to: u64,
+    #[prost(uint64, tag = "3")]
+    pub from: u64,
+    #[prost(uint64, tag = "4")]
+    pub term: u64,
+    #[prost(uint64, tag = "5")]
+    pub log_term: u64,
+    #[prost(uint64, tag = "6")]
+    pub index: u64,
+    #[prost(message, repeated, tag = "7")]
+    pub entries: ::prost::alloc::vec::Vec<LogEntry>,
+    #[prost(uint64, tag = "8")]
+    pub commit: u64,
+    #[prost(uint64, tag = "9")]
+    pub commit_term: u64,
+    #[prost(message, optional, tag = "10")]
+    pub snapshot: ::core::option::Option<SnapshotRecord>,
+    #[prost(uint64, tag = "11")]
+    pub request_snapshot: u64,
+    #[prost(bool, tag = "12")]
+    pub reject: bool,
+    #[prost(uint64, tag = "13")]
+    pub reject_hint: u64,
+    #[prost(bytes = "vec", tag = "14")]
+    pub context: ::prost::alloc::vec::Vec<u8>,
+    #[prost(int64, tag = "15")]
+    pub priority: i64,
+}
+/// What a record of the write-ahead log holds.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct WalRecord {
+    #[prost(message, repeated, tag = "1")]
+    pub entries: ::prost::alloc::vec::Vec<LogEntry>,
+    #[prost(message, optional, tag = "2")]
+    pub hard_state: ::core::option::Option<HardState>,
+}
+/// A snapshot file, and a snapshot sent to a member.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SnapshotRecord {
+    #[prost(uint64, tag = "1")]
+    pub index: u64,
+    #[prost(uint64, tag = "2")]
+    pub term: u64,
+    #[prost(message, optional, tag = "3")]
+    pub conf_state: ::core::option::Option<ConfState>,
+    /// An encoded StateSnapshot.
+    #[prost(bytes = "vec", tag = "4")]
+    pub state: ::prost::alloc::vec::Vec<u8>,
+}
+/// The replicated state, whole.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct StateSnapshot {
+    /// Layout of this message. A reader refuses a newer one.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    #[prost(string, tag = "2")]
+    pub cluster_id: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub revision: u64,
+    /// Replicated time.
+    #[prost(uint64, tag = "4")]
+    pub now_ms: u64,
+    #[prost(message, repeated, tag = "5")]
+    pub sandboxes: ::prost::alloc::vec::Vec<SandboxRecord>,
+    #[prost(message, repeated, tag = "6")]
+    pub nodes: ::prost::alloc::vec::Vec<NodeRecord>,
+    #[prost(message, repeated, tag = "7")]
+    pub projects: ::prost::alloc::vec::Vec<ProjectRecord>,
+    #[prost(message, repeated, tag = "8")]
+    pub tokens: ::prost::alloc::vec::Vec<TokenRecord>,
+    #[prost(message, repeated, tag = "9")]
+    pub images: ::prost::alloc::vec::Vec<Image>,
+    #[prost(message, repeated, tag = "10")]
+    pub dedup: ::prost::alloc::vec::Vec<DedupRecord>,
+    /// User name to project.
+    #[prost(message, repeated, tag = "11")]
+    pub users: ::prost::alloc::vec::Vec<MembershipRecord>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SandboxRecord {
+    #[prost(message, optional, tag = "1")]
+    pub sandbox: ::core::option::Option<Sandbox>,
+    /// Manifest digest that the image name meant at creation.
+    #[prost(string, tag = "2")]
+    pub image_digest: ::prost::alloc::string::String,
+    /// CPU and memory are reserved (the disk is until the record goes).
+    #[prost(bool, tag = "3")]
+    pub computing: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct NodeRecord {
+    /// `reserved` is kept up to date by every change of a reservation.
+    #[prost(message, optional, tag = "1")]
+    pub node: ::core::option::Option<Node>,
+    #[prost(string, tag = "2")]
+    pub boot_id: ::prost::alloc::string::String,
+    /// Most that may be reserved: what the node offers, or what was already reserved when it last
+    /// offered less.
+    #[prost(message, optional, tag = "3")]
+    pub ceiling: ::core::option::Option<Capacity>,
+    #[prost(uint64, tag = "4")]
+    pub since_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ProjectRecord {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "2")]
+    pub created_ms: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct MembershipRecord {
+    #[prost(string, tag = "1")]
+    pub user: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub project: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TokenRecord {
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub secret_sha256: ::prost::alloc::vec::Vec<u8>,
+    #[prost(enumeration = "TokenRole", tag = "3")]
+    pub role: i32,
+    #[prost(string, tag = "4")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "5")]
+    pub expires_ms: u64,
+    #[prost(uint32, tag = "6")]
+    pub uses_left: u32,
+    /// The only name that may enroll with it; empty: any.
+    #[prost(string, tag = "7")]
+    pub name: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DedupRecord {
+    #[prost(string, tag = "1")]
+    pub caller: ::prost::alloc::string::String,
+    #[prost(bytes = "vec", tag = "2")]
+    pub key: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint64, tag = "3")]
+    pub fingerprint: u64,
+    #[prost(uint64, tag = "4")]
+    pub expires_ms: u64,
+    #[prost(message, optional, tag = "5")]
+    pub outcome: ::core::option::Option<Outcome>,
+}
+/// What a command did, kept for the repetition of its request.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Outcome {
+    #[prost(oneof = "outcome::What", tags = "1, 2, 3, 4")]
+    pub what: ::core::option::Option<outcome::What>,
+}
+/// Nested message and enum types in `Outcome`.
+pub mod outcome {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum What {
+        #[prost(message, tag = "1")]
+        Sandbox(super::Sandbox),
+        #[prost(message, tag = "2")]
+        Image(super::Image),
+        #[prost(bytes, tag = "3")]
+        TokenId(::prost::alloc::vec::Vec<u8>),
+        #[prost(bool, tag = "4")]
+        Done(bool),
+    }
+}
+/// One log entry: many commands, each applied or refused by itself.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct CommandBatch {
+    /// A member that does not know the version halts rather than diverge.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// The leader's Unix clock when it proposed; replicated time never goes back.
+    #[prost(uint64, tag = "2")]
+    pub now_ms: u64,
+    #[prost(message, repeated, tag = "3")]
+    pub commands: ::prost::alloc::vec::Vec<Command>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Command {
+    /// Absent for what the control plane does by itself.
+    #[prost(message, optional, tag = "1")]
+    pub idempotency: ::core::option::Option<Idempotency>,
+    #[prost(oneof = "command::What", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    pub what: ::core::option::Option<command::What>,
+}
+/// Nested message and enum types in `Command`.
+pub mod command {
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
+    pub enum What {
+        #[prost(message, tag = "2")]
+        CreateSandbox(super::CreateSandboxCommand),
+        #[prost(message, tag = "3")]
+        SetDesired(super::SetDesiredCommand),
+        #[prost(message, tag = "4")]
+        RegisterNode(super::RegisterNodeCommand),
+        #[prost(message, tag = "5")]
+        ReportObserved(super::ReportObservedCommand),
+        #[prost(message, tag = "6")]
+        SetNodeState(super::SetNodeStateCommand),
+        #[prost(message, tag = "7")]
+        PutImage(super::Image),
+        #[prost(string, tag = "8")]
+        DeleteImage(::prost::alloc::string::String),
+        #[prost(message, tag = "9")]
+        CreateToken(super::TokenRecord),
+        #[prost(bytes, tag = "10")]
+        RevokeToken(::prost::alloc::vec::Vec<u8>),
+        #[prost(message, tag = "11")]
+        UseToken(super::UseTokenCommand),
+        /// Names the cluster, once.
+        #[prost(string, tag = "12")]
+        InitCluster(::prost::alloc::string::String),
+        /// Only brings replicated time forward, so that what expires may go.
+        #[prost(bool, tag = "13")]
+        AdvanceTime(bool),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Idempotency {
+    #[prost(string, tag = "1")]
+    pub caller: ::prost::alloc::string::String,
+    #[prost(bytes = "vec", tag = "2")]
+    pub key: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint64, tag = "3")]
+    pub fingerprint: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CreateSandboxCommand {
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "2")]
+    pub project: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub owner: ::prost::alloc::string::String,
+    /// Complete but for the name, which may be empty.
+    #[prost(message, optional, tag = "4")]
+    pub spec: ::core::option::Option<SandboxSpec>,
+    #[prost(bytes = "vec", tag = "5")]
+    pub node_id: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetDesiredCommand {
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(enumeration = "Desired", tag = "2")]
+    pub desired: i32,
+    #[prost(uint64, tag = "3")]
+    pub expect_generation: u64,
+    /// Empty: an operator.
+    #[prost(string, tag = "4")]
+    pub owner: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RegisterNodeCommand {
+    /// Used if no node of this name is known.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, optional, tag = "2")]
+    pub node: ::core::option::Option<RegisterNode>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ReportObservedCommand {
+    #[prost(bytes = "vec", tag = "1")]
+    pub node_id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    pub node_epoch: u64,
+    #[prost(message, repeated, tag = "3")]
+    pub observed: ::prost::alloc::vec::Vec<Observed>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetNodeStateCommand {
+    #[prost(bytes = "vec", tag = "1")]
+    pub node_id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    pub expect_epoch: u64,
+    #[prost(enumeration = "NodeState", tag = "3")]
+    pub state: i32,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UseTokenCommand {
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub secret_sha256: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "3")]
+    pub name: ::prost::alloc::string::String,
 }
