@@ -1,6 +1,9 @@
 //! Generates the code that is committed from `proto/schema`, for the `generate` binary and for the
 //! test that it is current. Needs no protoc: protox compiles the schema.
 
+pub mod dependencies;
+pub mod links;
+
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};

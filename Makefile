@@ -1,0 +1,69 @@
+# The front door. `make demo` and `make test` install what is missing and need nothing else but the
+# Rust toolchain on Debian 12.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+GUEST_TRIPLE := x86_64-unknown-linux-gnu
+BINARIES := -p towline-client -p towline-control-plane -p towline-node-agent
+
+.PHONY: help setup build release guest kernel demo test lint docs unit soak sim fuzz bench clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup:
+	@tests/setup/packages.sh
+
+guest: ## Build the static guest agent
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet -p towline-guest-agent --profile guest --target $(GUEST_TRIPLE)
+	@mkdir -p $(TARGET)/debug $(TARGET)/release
+	@for to in debug release; do \
+	  cp -f $(TARGET)/$(GUEST_TRIPLE)/guest/towline-guest-agent $(TARGET)/$$to/.guest-agent.tmp && \
+	  mv -f $(TARGET)/$$to/.guest-agent.tmp $(TARGET)/$$to/towline-guest-agent-static; done
+
+build: guest ## Build tow, the control plane and the node agent (debug)
+	cargo build --quiet $(BINARIES)
+
+release: setup guest ## Build them optimised, into target/release
+	cargo build --release $(BINARIES)
+
+kernel: build ## Download the guest kernel ahead of the first start
+	$(TARGET)/debug/towline-node-agent prepare
+
+demo: release ## Offload a real build and its tests into a real microVM
+	@tests/demo/demo.sh $(TARGET)/release
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+
+docs: ## Build the API documentation
+	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
+
+unit: build kernel
+	@tests/setup/tools.sh
+	cargo nextest run --workspace --locked
+	@tests/setup/count-skipped.sh $(TARGET)/nextest/default/junit.xml
+
+test: ## Install what tests need, lint, build and run every test
+	@tests/setup/packages.sh test
+	@$(MAKE) --no-print-directory lint docs unit
+
+sim: ## Run many seeds of the simulator
+	TOWLINE_SIM_SEEDS=$${TOWLINE_SIM_SEEDS:-2000} cargo nextest run --release -p towline-simulator
+
+soak: build kernel ## The long runs: 200 kills, many seeds
+	@tests/setup/packages.sh test
+	@tests/setup/tools.sh
+	TOWLINE_KILLS=200 TOWLINE_SIM_SEEDS=500 cargo nextest run --profile soak --workspace -E 'package(towline-simulator) or test(/kill/)'
+
+fuzz: ## Run each fuzz target for FUZZ_SECONDS (default 600)
+	@tests/fuzz/run.sh $${FUZZ_SECONDS:-600}
+
+bench: release ## Measure, beside the peers, into docs/performance.md
+	@tests/setup/packages.sh bench
+	cargo run --release -p towline-benches -- --bin-dir $(TARGET)/release
+
+clean: ## Remove what was built
+	cargo clean
