@@ -2,3 +2,15 @@
 //!
 //! Used by `towline-link` (QUIC) and by the guest agent (guest link), which may know tokio but not
 //! QUIC, TLS or gRPC. Decides nothing.
+
+mod framed;
+mod mux;
+mod port;
+mod splice;
+
+pub use framed::{FrameReader, FrameWriter};
+pub use mux::{GuestSession, GuestSessions, Incoming, MuxDriver, MuxHandle, MuxRecv, MuxSend};
+pub use port::Port;
+pub use splice::splice;
+pub use towline_proto::mux::preamble::{Marker, Nonce};
+pub use towline_proto::mux::{MuxError, Priority};
