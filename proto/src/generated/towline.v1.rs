@@ -1171,12 +1171,234 @@ pub struct Entry {
     pub size: u64,
     #[prost(int64, tag = "5")]
     pub mtime_ns: i64,
-    /// BLAKE3 of the content of a file, or of the target of a symlink. Empty: not hashed yet.
+    /// BLAKE3 of a file's content in the form of `towline-filesync`'s content ids. Empty: not read.
     #[prost(bytes = "vec", tag = "6")]
     pub hash: ::prost::alloc::vec::Vec<u8>,
     /// Symlinks only.
     #[prost(bytes = "vec", tag = "7")]
     pub target: ::prost::alloc::vec::Vec<u8>,
+    /// With size, mtime and mode: the identity of this version on its own side.
+    #[prost(uint64, tag = "8")]
+    pub inode: u64,
+    #[prost(int64, tag = "9")]
+    pub ctime_ns: i64,
+    /// Changed so shortly before it was looked at that a later change may leave the same stamp.
+    #[prost(bool, tag = "10")]
+    pub racy: bool,
+    /// A directory that holds nothing but ignored paths.
+    #[prost(bool, tag = "11")]
+    pub only_ignored: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesHello {
+    #[prost(uint32, tag = "1")]
+    pub protocol: u32,
+    /// Ignore rules from outside the folder (the user's global ones), gitignore's grammar.
+    #[prost(bytes = "vec", tag = "2")]
+    pub excludes: ::prost::alloc::vec::Vec<u8>,
+    /// The folder is part of a git repository, so .gitignore files count.
+    #[prost(bool, tag = "3")]
+    pub git: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesReady {
+    #[prost(uint32, tag = "1")]
+    pub protocol: u32,
+    /// Names this tree's life: another value means another tree, however similar it looks.
+    #[prost(bytes = "vec", tag = "2")]
+    pub incarnation: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, optional, tag = "3")]
+    pub index: ::core::option::Option<FilesIndex>,
+}
+/// A state of the guest's index. Both ends know the same tree when id and sequence agree.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesIndex {
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    pub sequence: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesScan {
+    /// What the laptop knows; when the guest knows another state, it lists everything.
+    #[prost(message, optional, tag = "1")]
+    pub known: ::core::option::Option<FilesIndex>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FilesEntries {
+    /// New or changed since the known state.
+    #[prost(message, repeated, tag = "1")]
+    pub changed: ::prost::alloc::vec::Vec<Entry>,
+    /// No longer listed since then: deleted, or ignored from now on (LOOKUP tells which).
+    #[prost(message, repeated, tag = "2")]
+    pub unlisted: ::prost::alloc::vec::Vec<FilesPath>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesPath {
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub path: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FilesScanned {
+    #[prost(message, optional, tag = "1")]
+    pub index: ::core::option::Option<FilesIndex>,
+    /// The pages held everything there is, not the difference.
+    #[prost(bool, tag = "2")]
+    pub complete: bool,
+    /// Ignored paths that stay in the sandbox: how many (a directory counts once) and the first of them.
+    #[prost(uint64, tag = "3")]
+    pub ignored: u64,
+    #[prost(message, repeated, tag = "4")]
+    pub ignored_paths: ::prost::alloc::vec::Vec<FilesPath>,
+    /// Sockets, devices, pipes, other file systems, unreadable paths: not synced.
+    #[prost(message, repeated, tag = "5")]
+    pub skipped: ::prost::alloc::vec::Vec<FilesSkipped>,
+    /// A *.lock file exists below .git: a git command is at work or was killed.
+    #[prost(bool, tag = "6")]
+    pub git_locked: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesSkipped {
+    #[prost(bytes = "vec", repeated, tag = "1")]
+    pub path: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FilesLookup {
+    #[prost(message, repeated, tag = "1")]
+    pub paths: ::prost::alloc::vec::Vec<FilesPath>,
+    /// Also read files and say their content ids.
+    #[prost(bool, tag = "2")]
+    pub contents: bool,
+}
+/// One answer per path, in the order asked; an entry without a kind is one that is not there.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FilesFound {
+    #[prost(message, repeated, tag = "1")]
+    pub entries: ::prost::alloc::vec::Vec<Entry>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FilesGet {
+    #[prost(message, repeated, tag = "1")]
+    pub paths: ::prost::alloc::vec::Vec<FilesPath>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FilesContents {
+    #[prost(message, repeated, tag = "1")]
+    pub contents: ::prost::alloc::vec::Vec<FilesContent>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesContent {
+    #[prost(enumeration = "FilesOutcome", tag = "1")]
+    pub outcome: i32,
+    /// What was read, as it was before and after reading.
+    #[prost(message, optional, tag = "2")]
+    pub entry: ::core::option::Option<Entry>,
+    /// A file of at most one block; longer ones follow as DATA frames and end with CONTENT_END.
+    #[prost(bytes = "vec", tag = "3")]
+    pub inline: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bool, tag = "4")]
+    pub streamed: bool,
+    #[prost(string, tag = "5")]
+    pub message: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FilesOps {
+    #[prost(message, repeated, tag = "1")]
+    pub ops: ::prost::alloc::vec::Vec<FilesOp>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesOp {
+    /// What is expected to be there: an entry without a kind means nothing.
+    #[prost(message, optional, tag = "1")]
+    pub expected: ::core::option::Option<Entry>,
+    #[prost(bytes = "vec", tag = "5")]
+    pub inline: ::prost::alloc::vec::Vec<u8>,
+    /// DATA frames and OP_END follow; no other op does before.
+    #[prost(bool, tag = "6")]
+    pub streamed: bool,
+    #[prost(oneof = "files_op::What", tags = "2, 3, 4")]
+    pub what: ::core::option::Option<files_op::What>,
+}
+/// Nested message and enum types in `FilesOp`.
+pub mod files_op {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum What {
+        /// Kind, mode, mtime, size, target to put in place.
+        #[prost(message, tag = "2")]
+        Put(super::Entry),
+        /// Mode and mtime only.
+        #[prost(message, tag = "3")]
+        Set(super::Entry),
+        /// A directory is removed only when it holds nothing but ignored paths.
+        #[prost(message, tag = "4")]
+        Remove(super::FilesPath),
+    }
+}
+/// Ends the DATA of an op or of a content.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesEnd {
+    /// False: the sender gave up (the file changed while it was read); the receiver drops it.
+    #[prost(bool, tag = "1")]
+    pub whole: bool,
+    /// Contents only: the entry after reading.
+    #[prost(message, optional, tag = "2")]
+    pub entry: ::core::option::Option<Entry>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct FilesResults {
+    #[prost(message, repeated, tag = "1")]
+    pub results: ::prost::alloc::vec::Vec<FilesResult>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesResult {
+    #[prost(enumeration = "FilesOutcome", tag = "1")]
+    pub outcome: i32,
+    #[prost(message, optional, tag = "2")]
+    pub entry: ::core::option::Option<Entry>,
+    #[prost(string, tag = "3")]
+    pub message: ::prost::alloc::string::String,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesBarrier {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FilesBarrierDone {
+    #[prost(uint64, tag = "1")]
+    pub id: u64,
+    #[prost(message, optional, tag = "2")]
+    pub index: ::core::option::Option<FilesIndex>,
+}
+/// What the laptop keeps of its last barrier with a sandbox.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SyncState {
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    #[prost(bytes = "vec", tag = "2")]
+    pub incarnation: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, optional, tag = "3")]
+    pub index: ::core::option::Option<FilesIndex>,
+    /// The sandbox's tree as last seen.
+    #[prost(message, repeated, tag = "4")]
+    pub guest: ::prost::alloc::vec::Vec<Entry>,
+    #[prost(message, repeated, tag = "5")]
+    pub bases: ::prost::alloc::vec::Vec<SyncBase>,
+    /// Laptop paths that were ignored when the sandbox changed ignore rules: they do not go up.
+    #[prost(message, repeated, tag = "6")]
+    pub kept_back: ::prost::alloc::vec::Vec<FilesPath>,
+}
+/// The common ancestor of one path.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SyncBase {
+    /// As on the laptop; `hash` is its content.
+    #[prost(message, optional, tag = "1")]
+    pub laptop: ::core::option::Option<Entry>,
+    /// As in the sandbox.
+    #[prost(message, optional, tag = "2")]
+    pub guest: ::core::option::Option<Entry>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1206,6 +1428,44 @@ impl FileKind {
             "FILE_KIND_FILE" => Some(Self::File),
             "FILE_KIND_DIRECTORY" => Some(Self::Directory),
             "FILE_KIND_SYMLINK" => Some(Self::Symlink),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum FilesOutcome {
+    Unspecified = 0,
+    Done = 1,
+    /// What is there is not what was expected; `entry` says what it is, without a kind when nothing.
+    Changed = 2,
+    /// `message` says why.
+    Failed = 3,
+    /// A directory that still holds paths.
+    NotEmpty = 4,
+}
+impl FilesOutcome {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "FILES_OUTCOME_UNSPECIFIED",
+            Self::Done => "FILES_OUTCOME_DONE",
+            Self::Changed => "FILES_OUTCOME_CHANGED",
+            Self::Failed => "FILES_OUTCOME_FAILED",
+            Self::NotEmpty => "FILES_OUTCOME_NOT_EMPTY",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "FILES_OUTCOME_UNSPECIFIED" => Some(Self::Unspecified),
+            "FILES_OUTCOME_DONE" => Some(Self::Done),
+            "FILES_OUTCOME_CHANGED" => Some(Self::Changed),
+            "FILES_OUTCOME_FAILED" => Some(Self::Failed),
+            "FILES_OUTCOME_NOT_EMPTY" => Some(Self::NotEmpty),
             _ => None,
         }
     }
