@@ -224,7 +224,7 @@ impl Receiving {
             ReceiveState::Open | ReceiveState::StopDue | ReceiveState::Stopped => {}
             ReceiveState::Finished | ReceiveState::Reset(_) => return Err(None),
         }
-        self.allowed = self.allowed.checked_sub(len).ok_or(Some(len - self.allowed))?;
+        self.allowed = self.allowed.checked_sub(len).ok_or_else(|| Some(len - self.allowed))?;
         Ok(())
     }
 

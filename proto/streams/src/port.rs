@@ -74,7 +74,7 @@ impl Port {
 
 fn register(file: File) -> io::Result<AsyncFd<File>> {
     // SAFETY: a `File` owns one descriptor, which stays the same and open until it is dropped.
-    unsafe { AsyncFd::register(file) }
+    unsafe { Ok(AsyncFd::register(file)?) }
 }
 
 impl AsyncRead for Port {
