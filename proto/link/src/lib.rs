@@ -4,11 +4,14 @@
 //! nobody is spoken to whose certificate the cluster's own CA did not issue.
 
 pub mod authority;
+pub mod endpoint;
 pub mod identity;
 pub mod peer;
 pub mod retry;
 pub mod rpc;
 pub mod status;
+pub mod stream;
+pub mod telemetry;
 pub mod ticket;
 pub mod tls;
 
