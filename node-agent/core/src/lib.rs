@@ -1,1 +1,25 @@
-//! The node agent's decisions, sans-IO: VM lifecycle, assignments, capacity.
+//! The node agent's decisions, sans-IO: which VM lives, what is reported, what is promised.
+//!
+//! ```text
+//!   control plane ──▶ Input ─┐                       ┌─▶ Effect ──▶ disks, VMs, guests
+//!   disks, VMs, guests ──────┼─▶ NodeAgent::step ────┤
+//!   time ────────────────────┘                       └─▶ Effect ──▶ reports
+//! ```
+//! It does no IO, reads no clock and draws no random number. Reading order: `input`, `lifecycle`
+//! (one sandbox), `agent` (all of them), `reports`, `capacity`, `invariants`.
+
+mod agent;
+mod capacity;
+mod input;
+mod invariants;
+mod lifecycle;
+mod reports;
+
+pub use agent::NodeAgent;
+pub use capacity::Promised;
+pub use input::{
+    Assignment, AssignmentError, Effect, Failure, Found, FoundVm, Gate, Input, Record, Rest, Run,
+    Session,
+};
+pub use invariants::{Watcher, check};
+pub use lifecycle::bounds;
