@@ -5,6 +5,7 @@
 
 pub mod authority;
 pub mod endpoint;
+pub mod enroll;
 pub mod identity;
 pub mod peer;
 pub mod retry;

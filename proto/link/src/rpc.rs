@@ -220,19 +220,38 @@ impl AsyncWrite for PeerStream {
     }
 }
 
-/// Connects to `host:port`. The channel connects again by itself when it is used after a break;
-/// its clients should be made by [`control_plane`] or [`node_uplink`].
+/// Connects to `host:port` and says so when nobody, or somebody else, is there. The channel
+/// connects again by itself when it is used after a break; its clients should be made by
+/// [`control_plane`] or [`node_uplink`].
 pub async fn connect(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, RpcTransportError> {
     let target = target(endpoint)?;
-    let address = endpoint.to_owned();
-    let connector = tower::service_fn(move |_: http::Uri| {
-        let (address, connector) = (address.clone(), TlsConnector::from(Arc::clone(&tls)));
-        async move { connect_tls(&address, connector).await.map(TokioIo::new) }
-    });
+    let connector = tls_connector(endpoint.to_owned(), tls);
+    let connector = tower::service_fn(connector);
     target
         .connect_with_connector(connector)
         .await
         .map_err(|source| RpcTransportError::Connect { endpoint: endpoint.into(), source })
+}
+
+/// As [`connect`], but the first call connects: a server that is down is that call's
+/// `Unreachable`.
+pub fn connect_lazy(endpoint: &str, tls: Arc<ClientConfig>) -> Result<Channel, RpcTransportError> {
+    let target = target(endpoint)?;
+    let connector = tls_connector(endpoint.to_owned(), tls);
+    Ok(target.connect_with_connector_lazy(tower::service_fn(connector)))
+}
+
+type TlsIo = TokioIo<tokio_rustls::client::TlsStream<TcpStream>>;
+type Connecting = Pin<Box<dyn Future<Output = io::Result<TlsIo>> + Send>>;
+
+fn tls_connector(
+    address: String,
+    tls: Arc<ClientConfig>,
+) -> impl FnMut(http::Uri) -> Connecting + Clone + Send + 'static {
+    move |_| {
+        let (address, connector) = (address.clone(), TlsConnector::from(Arc::clone(&tls)));
+        Box::pin(async move { connect_tls(&address, connector).await.map(TokioIo::new) })
+    }
 }
 
 /// Connects to a server on a Unix socket.

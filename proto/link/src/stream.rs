@@ -22,7 +22,7 @@ pub const RESET_CANCELLED: VarInt = VarInt::from_u32(2);
 pub const RESET_UNKNOWN: VarInt = VarInt::from_u32(3);
 
 /// Who goes first when a link is full; higher goes first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
     /// Packs, archives.
     Bulk = 10,
@@ -33,15 +33,10 @@ pub enum Priority {
     /// A file that somebody waits for.
     Demand = 90,
     /// Terminals and processes.
+    #[default]
     Exec = 100,
     /// Pings, lists.
     Control = 120,
-}
-
-impl Default for Priority {
-    fn default() -> Self {
-        Self::Exec
-    }
 }
 
 impl Priority {

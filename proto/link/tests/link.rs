@@ -1,5 +1,7 @@
 //! The link over real UDP sockets: bytes both ways, resets, strangers, and a node by name.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use std::time::{Duration, SystemTime};

@@ -1,6 +1,8 @@
 //! Who may speak with whom, over real connections: gRPC's TLS, the Unix socket, enrolment by pin,
 //! and a certificate that is replaced while the server runs.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use std::sync::{Arc, Mutex};
@@ -9,11 +11,13 @@ use std::time::{Duration, SystemTime};
 use common::{HOUR, authority, good, leaf};
 use tokio::net::{TcpListener, UnixListener};
 use towline_link::authority::CertificateAuthority;
+use towline_link::enroll::{self, JoinToken};
 use towline_link::identity::{Identity, LeafKey, Role};
 use towline_link::peer::Peer;
 use towline_link::rpc::{self, Listener, Routes};
 use towline_link::status::RpcError;
 use towline_link::tls::{self, ALPN_H2, CertStore, ClientAuth, Trust};
+use towline_proto::ids::TokenId;
 use towline_proto::v1::*;
 
 /// A control plane that enrols, says who is asking, and refuses the rest.
@@ -46,7 +50,8 @@ impl rpc::ControlPlane for Fake {
 
     async fn enroll(&self, request: tonic::Request<EnrollRequest>) -> Answer<EnrollResponse> {
         let request = request.into_inner();
-        if request.token != "good" {
+        let token = request.token.parse::<JoinToken>();
+        if token.is_ok_and(|token| token.secret != "good") {
             return Err(RpcError::Unauthenticated("the token is unknown".into()).into());
         }
         let cluster = self.ca.certificate().cluster();
@@ -207,20 +212,22 @@ async fn enrolment_by_pin_gives_an_identity_that_works() {
     let error = ask(&server, None, pin.clone(), Role::Member).await.unwrap_err();
     assert_eq!(error, "show a certificate");
 
-    let config = tls::client_config(None, pin, Role::Member, &[ALPN_H2]).unwrap();
-    let channel = rpc::connect(&server.endpoint, config).await.unwrap();
-    let key = LeafKey::generate().unwrap();
-    let request = |token: &str| EnrollRequest {
-        token: token.into(),
-        csr_pem: key.csr_pem().unwrap(),
-        name: "grace".into(),
+    let token = |secret: &str, pin| JoinToken {
+        id: TokenId::from_bytes([1; 16]),
+        secret: secret.into(),
+        pin,
     };
-    let mut client = rpc::control_plane(channel);
-    let error = client.enroll(request("bad")).await.unwrap_err();
-    assert_eq!(RpcError::from(error), RpcError::Unauthenticated("the token is unknown".into()));
-    let answer = client.enroll(request("good")).await.unwrap().into_inner();
-    let store = CertStore::new(&answer.certificate_pem, &key.to_pem(), ca.certificate()).unwrap();
+    let Trust::Pin(digest) = pin else { unreachable!() };
+    let error = enroll::enroll(&server.endpoint, &token("bad", digest), "grace").await.unwrap_err();
+    assert_eq!(error.to_string(), "the control plane refused: the token is unknown");
+    let error = enroll::enroll(&server.endpoint, &token("good", digest), "../x").await.unwrap_err();
+    assert!(error.to_string().contains("is not a name"), "{error}");
+    let enrolled = enroll::enroll(&server.endpoint, &token("good", digest), "grace").await.unwrap();
+    assert_eq!(enrolled.identity.to_string(), "spiffe://cluster_a/user/grace");
+    let store = enrolled.store().unwrap();
     ask(&server, Some(&store), trust(&ca), Role::Member).await.unwrap();
+    let error = enroll::enroll(&server.endpoint, &token("good", [0; 32]), "x").await.unwrap_err();
+    assert!(chain(error).contains("not of the cluster that the token is for"));
 
     let wrong = Trust::from_pin(&authority("cluster_a").pin()).unwrap();
     let error = ask(&server, None, wrong, Role::Member).await.unwrap_err();
