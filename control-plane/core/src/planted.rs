@@ -1,0 +1,59 @@
+//! Bugs that the simulator plants to prove that its checkers catch them. Without the feature
+//! `planted-bugs`, which only the simulator turns on, every question here is the constant `false`.
+
+#[cfg(feature = "planted-bugs")]
+mod switches {
+    use std::cell::Cell;
+
+    thread_local! {
+        static FITS_SKIPPED: Cell<bool> = const { Cell::new(false) };
+        static DEDUP_SKIPPED: Cell<bool> = const { Cell::new(false) };
+        static STALE_ACCEPTED: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// Plants or removes: `fits()` says yes to everything.
+    pub fn plant_fits_skipped(on: bool) {
+        FITS_SKIPPED.set(on);
+    }
+
+    /// Plants or removes: a repeated idempotency key is done again.
+    pub fn plant_dedup_skipped(on: bool) {
+        DEDUP_SKIPPED.set(on);
+    }
+
+    /// Plants or removes: reports of an older generation or epoch are believed.
+    pub fn plant_stale_accepted(on: bool) {
+        STALE_ACCEPTED.set(on);
+    }
+
+    pub(crate) fn fits_skipped() -> bool {
+        FITS_SKIPPED.get()
+    }
+
+    pub(crate) fn dedup_skipped() -> bool {
+        DEDUP_SKIPPED.get()
+    }
+
+    pub(crate) fn stale_accepted() -> bool {
+        STALE_ACCEPTED.get()
+    }
+}
+
+#[cfg(not(feature = "planted-bugs"))]
+mod switches {
+    pub(crate) const fn fits_skipped() -> bool {
+        false
+    }
+
+    pub(crate) const fn dedup_skipped() -> bool {
+        false
+    }
+
+    pub(crate) const fn stale_accepted() -> bool {
+        false
+    }
+}
+
+pub(crate) use switches::{dedup_skipped, fits_skipped, stale_accepted};
+#[cfg(feature = "planted-bugs")]
+pub use switches::{plant_dedup_skipped, plant_fits_skipped, plant_stale_accepted};
