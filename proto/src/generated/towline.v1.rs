@@ -1075,6 +1075,9 @@ pub struct DaemonRequest {
     /// Which cluster context; empty means the current one.
     #[prost(string, tag = "2")]
     pub context: ::prost::alloc::string::String,
+    /// The configuration file that the context is in, an absolute path.
+    #[prost(bytes = "vec", tag = "6")]
+    pub config: ::prost::alloc::vec::Vec<u8>,
     #[prost(oneof = "daemon_request::Request", tags = "3, 4, 5")]
     pub request: ::core::option::Option<daemon_request::Request>,
 }
