@@ -1,1 +1,5 @@
 //! The node agent: runs sandboxes as microVMs and splices clients' streams to guests.
+
+pub mod disks;
+pub mod initramfs;
+pub mod kernel;
