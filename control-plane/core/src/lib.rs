@@ -18,6 +18,7 @@ pub mod refusal;
 pub mod resources;
 pub mod snapshot;
 pub mod state;
+pub mod wal;
 
 mod admission;
 mod control_plane;

@@ -1700,10 +1700,14 @@ pub struct RaftMessage {
 /// What a record of the write-ahead log holds.
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct WalRecord {
+    /// They replace whatever the log has from the first one's index on.
     #[prost(message, repeated, tag = "1")]
     pub entries: ::prost::alloc::vec::Vec<LogEntry>,
     #[prost(message, optional, tag = "2")]
     pub hard_state: ::core::option::Option<HardState>,
+    /// Not 0: a received snapshot of this index took the place of all entries before this record.
+    #[prost(uint64, tag = "3")]
+    pub restored: u64,
 }
 /// A snapshot file, and a snapshot sent to a member.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
