@@ -198,8 +198,10 @@ impl NodeAgent {
             let known = (known.epoch, known.generation);
             return newness < known || newness == known && !sandbox.unwanted;
         }
+        // To be told to remove it once more is harmless: its end is told once more.
+        let removal = assignment.desired == Desired::Deleted;
         let gone = self.gone.get(&assignment.sandbox);
-        assignment.desired != Desired::Deleted && gone.is_some_and(|gone| newness <= *gone)
+        gone.is_some_and(|gone| newness < *gone || newness == *gone && !removal)
     }
 
     fn refusal(&self, assignment: &Assignment) -> Option<String> {

@@ -9,7 +9,7 @@ use towline_proto::ids::SandboxId;
 use towline_proto::v1::Observed;
 
 use crate::agent::NodeAgent;
-use crate::input::{Effect, Gate, Input, Run, Session};
+use crate::input::{Effect, Found, Gate, Input, Run, Session};
 
 /// Checks the state: what is reported is about sandboxes that are here, one run each.
 pub fn check(agent: &NodeAgent) -> Result<(), String> {
@@ -29,6 +29,8 @@ struct Seen {
     /// Newest version that was handed out, and newest that is on disk.
     persisting: u64,
     persisted: u64,
+    /// An earlier node agent had written it.
+    recovered: bool,
     /// A run of which something may live.
     live: Option<Run>,
     prepared: Option<Run>,
@@ -62,6 +64,14 @@ impl Watcher {
 
     fn input(&mut self, input: &Input) {
         match input {
+            Input::Recovered(found) => {
+                for found in found {
+                    if let Found::Known { record, .. } = found {
+                        let seen = self.seen.entry(record.assignment.sandbox).or_default();
+                        seen.recovered = true;
+                    }
+                }
+            }
             Input::Persisted { sandbox, version } => {
                 let seen = self.seen.entry(*sandbox).or_default();
                 seen.persisted = seen.persisted.max(*version);
@@ -106,7 +116,8 @@ impl Watcher {
                 let id = assignment.sandbox;
                 self.new_run(id, *run)?;
                 let seen = &self.seen[&id];
-                let on_disk = seen.persisted > 0 && seen.persisted == seen.persisting;
+                let known = seen.persisted > 0 || seen.recovered;
+                let on_disk = known && seen.persisted == seen.persisting;
                 rule(on_disk, id, "began before its record was on disk")
             }
             Effect::AdoptVm { run, assignment } => self.new_run(assignment.sandbox, *run),

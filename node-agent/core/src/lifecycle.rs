@@ -126,9 +126,10 @@ pub(crate) struct Sandbox {
     /// The control plane's full set did not name it.
     pub(crate) unwanted: bool,
     pub(crate) run: Run,
-    /// The newest persist, and the newest that was answered.
+    /// The newest persist, the newest that was answered, and the newest that is on disk.
     version: u64,
     version_answered: u64,
+    version_on_disk: u64,
     prepare_tries: u32,
     boot_tries: u32,
     /// Progress or notice for people.
@@ -148,6 +149,7 @@ impl Sandbox {
             run: 0,
             version: 0,
             version_answered: 0,
+            version_on_disk: 0,
             prepare_tries: 0,
             boot_tries: 0,
             note: String::new(),
@@ -245,7 +247,7 @@ impl Sandbox {
 
     fn want_running(&mut self, new_epoch: bool, refusal: Option<String>, cx: &mut Context<'_>) {
         match self.stage {
-            Stage::Resting | Stage::Placed { .. } => match refusal {
+            Stage::Resting | Stage::Placed { .. } | Stage::Waiting { .. } => match refusal {
                 None => self.start(cx),
                 Some(reason) => self.rest(Rest::Failed { reason }, cx),
             },
@@ -253,15 +255,22 @@ impl Sandbox {
                 self.gate_shut("the sandbox was placed anew", cx);
                 self.kill(Cause::Wanted, cx);
             }
-            // The runs of a back-off and of a boot are the new record's as well as the old one's.
+            // Whatever it is being ended for, the new record wants it started after that.
+            Stage::Stopping { deadline, .. } => {
+                self.stage = Stage::Stopping { cause: Cause::Wanted, deadline };
+                self.persist(cx);
+            }
+            // What is being brought up is the new record's too, which has all its tries.
             Stage::Preparing { .. }
-            | Stage::Waiting { .. }
             | Stage::Adopting { .. }
             | Stage::Booting { .. }
             | Stage::Probing { .. }
-            | Stage::Running
-            | Stage::Stopping { .. } => self.persist(cx),
-            Stage::Destroying { .. } | Stage::Gone => {}
+            | Stage::Running => {
+                (self.prepare_tries, self.boot_tries) = (0, 0);
+                self.persist(cx);
+            }
+            Stage::Gone => self.lost_its_disk(cx),
+            Stage::Destroying { .. } => {}
         }
     }
 
@@ -287,7 +296,8 @@ impl Sandbox {
             }
             // An adopted VM is stopped once its guest can be told.
             Stage::Adopting { .. } | Stage::Stopping { .. } => self.persist(cx),
-            Stage::Destroying { .. } | Stage::Gone => {}
+            Stage::Gone => self.lost_its_disk(cx),
+            Stage::Destroying { .. } => {}
         }
     }
 
@@ -347,9 +357,20 @@ impl Sandbox {
         cx.effects.push(Effect::Prepare { run: self.run, assignment });
     }
 
+    /// A newer record may have come meanwhile, and may not be on disk.
+    fn try_again(&mut self, cx: &mut Context<'_>) {
+        if self.version_on_disk == self.version {
+            self.prepare(cx);
+        } else {
+            self.persist(cx);
+            self.stage = Stage::Placed { version: self.version };
+        }
+    }
+
     /// The record of `version` is on disk.
     pub(crate) fn persisted(&mut self, version: u64, cx: &mut Context<'_>) {
         self.version_answered = self.version_answered.max(version);
+        self.version_on_disk = self.version_on_disk.max(version);
         if self.stage == (Stage::Placed { version }) {
             self.prepare(cx);
         }
@@ -536,6 +557,11 @@ impl Sandbox {
             self.stage = Stage::Gone;
             return;
         }
+        self.lost_its_disk(cx);
+    }
+
+    /// It is wanted again after it was removed.
+    fn lost_its_disk(&mut self, cx: &mut Context<'_>) {
         let reason = "its disk was removed here, because the control plane had said that it was \
                       not wanted on this node; remove the sandbox and create it anew";
         self.record.came_up = false;
@@ -595,7 +621,7 @@ impl Sandbox {
                 self.note = "its VM has not ended yet and is killed".into();
                 self.kill(cause, cx);
             }
-            Stage::Waiting { .. } => self.prepare(cx),
+            Stage::Waiting { .. } => self.try_again(cx),
             Stage::Destroying { tries, .. } => {
                 self.stage = Stage::Destroying { again: cx.now + DESTROY_MAX, tries: tries + 1 };
                 cx.effects.push(Effect::Destroy { sandbox: self.id() });

@@ -1,0 +1,313 @@
+//! What the core does in the plain and the awkward cases, one sentence each.
+
+mod common;
+
+use common::{World, assignment, id};
+use towline_node_core::{Effect, Failure, Gate, Input};
+use towline_proto::v1::{Desired, Phase, exit_status};
+
+fn running() -> World {
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    world.bookmark();
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Running));
+    world
+}
+
+#[test]
+fn nothing_is_begun_before_the_record_is_on_disk() {
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    assert!(matches!(world.waiting[..], [Effect::Persist { .. }]), "{:?}", world.waiting);
+    assert_eq!(world.core.observed(id(1)), None);
+    world.answer(0, false);
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Failed));
+    assert!(world.reason(1).contains("no space"), "{}", world.reason(1));
+}
+
+#[test]
+fn streams_are_let_in_only_between_the_probe_and_the_stop() {
+    let mut world = running();
+    assert_eq!(world.gates[&id(1)], Gate::Open { epoch: 1 });
+    world.want(assignment(1, 1, 2, Desired::Stopped));
+    assert!(matches!(world.gates[&id(1)], Gate::Closing { .. }));
+    world.settle();
+    assert!(matches!(world.gates[&id(1)], Gate::Shut { .. }));
+    assert_eq!(world.phase(1), Some(Phase::Stopped));
+    assert!(world.disk.contains_key(&id(1)));
+    world.want(assignment(1, 1, 3, Desired::Running));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Running));
+    assert_eq!(world.committed[&id(1)].generation, 3);
+}
+
+#[test]
+fn a_deleted_sandbox_is_gone_and_forgotten_once_that_is_committed() {
+    let mut world = running();
+    world.want(assignment(1, 1, 2, Desired::Deleted));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Gone));
+    assert_eq!(world.core.sandboxes().count(), 0);
+    // A member that is behind cannot bring it back.
+    world.want(assignment(1, 1, 1, Desired::Running));
+    assert!(world.waiting.is_empty(), "{:?}", world.waiting);
+}
+
+#[test]
+fn a_sandbox_that_never_was_here_is_reported_gone_when_it_should_go() {
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 2, Desired::Deleted));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Gone));
+}
+
+#[test]
+fn older_records_and_older_sessions_change_nothing() {
+    let mut world = running();
+    let old = world.session;
+    let before = world.core.observed(id(1));
+    world.want(assignment(1, 0, 9, Desired::Deleted));
+    world.want(assignment(1, 1, 0, Desired::Deleted));
+    world.want(assignment(1, 1, 1, Desired::Running));
+    assert_eq!(world.core.observed(id(1)), before);
+    world.cut();
+    world.connect();
+    let late = Box::new(assignment(1, 1, 2, Desired::Deleted));
+    world.input(Input::Desired { session: old, assignment: late });
+    world.input(Input::Bookmark { session: old, revision: 7 });
+    assert_eq!(world.core.observed(id(1)), before);
+}
+
+#[test]
+fn what_the_full_set_does_not_name_is_destroyed_and_not_reported() {
+    let mut world = running();
+    world.want(assignment(2, 1, 1, Desired::Running));
+    world.settle();
+    world.cut();
+    world.connect();
+    world.want(assignment(2, 1, 1, Desired::Running));
+    world.settle();
+    assert_eq!(world.core.sandboxes().count(), 2);
+    world.bookmark();
+    world.settle();
+    assert_eq!(world.core.sandboxes().collect::<Vec<_>>(), [id(2)]);
+    assert_eq!(world.phase(1), Some(Phase::Running), "its record is not ours to change");
+    assert!(!world.disk.contains_key(&id(1)));
+}
+
+#[test]
+fn what_was_not_acknowledged_is_told_again_after_a_cut() {
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    world.answer(0, true);
+    let report = world.find(|effect| matches!(effect, Effect::Report { .. }));
+    world.answer(report, false);
+    world.settle();
+    assert_eq!(world.phase(1), None);
+    world.connect();
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Running));
+}
+
+#[test]
+fn one_report_is_under_way_and_the_rest_coalesce() {
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    while world.waiting.iter().any(|effect| !matches!(effect, Effect::Report { .. })) {
+        let next = world.find(|effect| !matches!(effect, Effect::Report { .. }));
+        world.answer(next, true);
+    }
+    assert_eq!(world.waiting.len(), 1, "{:?}", world.waiting);
+    world.settle();
+    assert_eq!(world.reports, 2, "preparing, then running with all between left out");
+}
+
+#[test]
+fn a_vm_that_ends_by_itself_is_stopped_and_only_a_newer_record_starts_it() {
+    let mut world = running();
+    let run = world.core.run(id(1)).unwrap();
+    world.alive.clear();
+    let reason = "QEMU was killed by signal 9".to_owned();
+    world.input(Input::VmExited { sandbox: id(1), run, reason });
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Stopped));
+    assert!(world.reason(1).contains("signal 9"));
+    world.want(assignment(1, 1, 1, Desired::Running));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Stopped));
+    world.want(assignment(1, 1, 2, Desired::Running));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Running));
+}
+
+#[test]
+fn passing_failures_are_tried_again_a_bounded_number_of_times() {
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    let mut prepared = 0;
+    for _ in 0..40 {
+        match world.waiting.iter().position(|effect| matches!(effect, Effect::Prepare { .. })) {
+            Some(index) => {
+                prepared += 1;
+                world.answer(index, false);
+            }
+            None if !world.waiting.is_empty() => world.answer(0, true),
+            None => {
+                let Some(deadline) = world.core.next_deadline() else { break };
+                world.now = deadline;
+                world.input(Input::Tick);
+            }
+        }
+    }
+    assert_eq!(prepared, 3);
+    assert_eq!(world.phase(1), Some(Phase::Failed));
+    assert_eq!(world.reason(1), "broken");
+}
+
+#[test]
+fn a_lasting_failure_is_not_tried_again() {
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    world.answer(0, true);
+    let run = world.core.run(id(1)).unwrap();
+    let failure = Failure { reason: "unknown image `nope`".into(), transient: false };
+    world.waiting.retain(|effect| !matches!(effect, Effect::Prepare { .. }));
+    world.input(Input::PrepareFailed { sandbox: id(1), run, failure });
+    world.settle();
+    assert_eq!((world.phase(1), world.reason(1)), (Some(Phase::Failed), "unknown image `nope`"));
+}
+
+#[test]
+fn a_boot_without_an_end_is_killed_at_its_deadline() {
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    for try_ in 0..2 {
+        while !world.waiting.iter().any(|effect| matches!(effect, Effect::StartVm { .. })) {
+            if world.waiting.is_empty() {
+                world.now = world.core.next_deadline().unwrap();
+                world.input(Input::Tick);
+            }
+            world.answer(0, true);
+        }
+        world.now = world.core.next_deadline().unwrap();
+        world.input(Input::Tick);
+        let kill = world.find(|effect| matches!(effect, Effect::KillVm { .. }));
+        world.answer(kill, true);
+        assert!(try_ == 1 || world.core.next_deadline().is_some());
+    }
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Failed));
+    assert!(world.reason(1).contains("booting the VM took longer"), "{}", world.reason(1));
+}
+
+#[test]
+fn a_guest_that_does_not_stop_is_killed() {
+    let mut world = running();
+    world.want(assignment(1, 1, 2, Desired::Stopped));
+    world.waiting.retain(|effect| !matches!(effect, Effect::StopVm { .. }));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Stopping));
+    world.settle_with_time();
+    assert_eq!(world.phase(1), Some(Phase::Stopped));
+}
+
+#[test]
+fn a_restart_takes_up_what_lives_and_tells_what_ended() {
+    let mut world = running();
+    world.want(assignment(2, 1, 1, Desired::Running));
+    world.settle();
+    world.alive.remove(&id(2));
+    world.restart();
+    assert_eq!(world.core.observed(id(1)), None, "nothing is said before it is known");
+    world.settle();
+    assert_eq!(world.gates[&id(1)], Gate::Open { epoch: 1 });
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    world.want(assignment(2, 1, 1, Desired::Running));
+    world.bookmark();
+    world.settle();
+    assert_eq!((world.phase(1), world.phase(2)), (Some(Phase::Running), Some(Phase::Stopped)));
+    assert!(world.alive.contains(&id(1)));
+}
+
+#[test]
+fn a_stop_that_came_while_adopting_is_done_after_it() {
+    let mut world = running();
+    world.restart();
+    world.connect();
+    world.want(assignment(1, 1, 2, Desired::Stopped));
+    world.bookmark();
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Stopped));
+}
+
+#[test]
+fn a_higher_epoch_ends_the_streams_and_starts_anew_on_the_same_disk() {
+    let mut world = running();
+    world.want(assignment(1, 2, 2, Desired::Running));
+    assert!(matches!(world.gates[&id(1)], Gate::Shut { .. }));
+    world.settle();
+    assert_eq!(world.gates[&id(1)], Gate::Open { epoch: 2 });
+    assert_eq!(world.committed[&id(1)].epoch, 2);
+}
+
+#[test]
+fn more_than_the_node_has_is_refused_with_the_numbers() {
+    let mut world = World::new();
+    world.connect();
+    for n in 1..=5 {
+        world.want(assignment(n, 1, 1, Desired::Running));
+    }
+    world.settle();
+    assert_eq!(world.phase(4), Some(Phase::Running));
+    assert_eq!(world.phase(5), Some(Phase::Failed));
+    assert!(world.reason(5).contains("0 CPUs left of 8"), "{}", world.reason(5));
+    assert_eq!(world.core.promised().memory_mib, 8192);
+    world.want(assignment(1, 1, 2, Desired::Stopped));
+    world.settle();
+    world.want(assignment(5, 1, 2, Desired::Running));
+    world.settle();
+    assert_eq!(world.phase(5), Some(Phase::Running));
+}
+
+#[test]
+fn a_removal_that_fails_is_tried_until_it_is_done() {
+    let mut world = running();
+    world.want(assignment(1, 1, 2, Desired::Deleted));
+    for _ in 0..5 {
+        let destroy = world.find(|effect| matches!(effect, Effect::Destroy { .. }));
+        world.answer(destroy, false);
+        world.now = world.core.next_deadline().unwrap();
+        world.input(Input::Tick);
+    }
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Gone));
+}
+
+#[test]
+fn the_end_of_the_main_command_is_kept_over_a_restart() {
+    let mut world = running();
+    let run = world.core.run(id(1)).unwrap();
+    let status = towline_proto::v1::ExitStatus {
+        how: Some(exit_status::How::Code(7)),
+        ..Default::default()
+    };
+    world.input(Input::MainExited { sandbox: id(1), run, status: status.clone() });
+    world.settle();
+    world.restart();
+    world.committed.clear();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    world.settle();
+    assert_eq!(world.committed[&id(1)].main_exit, Some(status));
+}
