@@ -9,8 +9,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let home = std::env::var_os("HOME").ok_or("HOME is not set")?;
     for _ in 0..2 {
         let start = Instant::now();
-        let built =
-            towline_images::local::build(cache.path(), "/".as_ref(), home.as_ref())?;
+        let built = towline_images::local::build(cache.path(), "/".as_ref(), home.as_ref())?;
         println!(
             "{:?}: {} {:?}, manifest of {} bytes",
             start.elapsed(),

@@ -8,6 +8,21 @@
 //! requests) is bounded and checked here, and nothing of it is ever unpacked onto the host.
 
 pub mod digest;
+mod document;
+pub mod error;
+pub mod fixture;
+pub mod fuzzing;
+mod import;
+mod layer;
+pub mod limits;
 pub mod local;
+mod prepare;
+mod store;
+mod tar;
 
 pub use digest::Digest;
+pub use document::ImageConfig;
+pub use error::ImageError;
+pub use import::{Imported, import, import_layout};
+pub use prepare::{Prepared, prepare};
+pub use store::{OnProgress, Progress, Store, StoredImage};

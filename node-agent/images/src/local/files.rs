@@ -80,11 +80,8 @@ impl Files {
             return Ok(file);
         }
         let path = manifest.path(index);
-        let flags = OFlags::RDONLY
-            | OFlags::NONBLOCK
-            | OFlags::NOCTTY
-            | OFlags::NOFOLLOW
-            | OFlags::CLOEXEC;
+        let flags =
+            OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = match rustix::fs::openat2(&self.root, &*path, flags, Mode::empty(), BENEATH) {
             Ok(file) => Arc::new(file),
             // It is gone, or something on the way is now a symlink or no folder, or it was made

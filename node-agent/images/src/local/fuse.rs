@@ -119,11 +119,6 @@ impl Answer {
         &mut self.bytes[at..]
     }
 
-    /// Cuts the payload down to what there was.
-    pub(crate) fn truncate(&mut self, payload: usize) {
-        self.bytes.truncate(OUT_HEADER + payload);
-    }
-
     fn u32(&mut self, value: u32) {
         self.bytes.extend(value.to_le_bytes());
     }

@@ -152,9 +152,7 @@ pub enum Denied {
 
 /// What is never served even if every user may read it.
 pub const DENY: &[(Denied, &str)] = {
-    use Denied::{
-        EtcPrefix, EtcSuffix, FileName, HomeName, HomePath, Name, Path, Prefix, Suffix,
-    };
+    use Denied::{EtcPrefix, EtcSuffix, FileName, HomeName, HomePath, Name, Path, Prefix, Suffix};
     &[
         // Accounts and privileges of the machine.
         (EtcPrefix("shadow"), "password hashes"),
@@ -472,9 +470,7 @@ pub(crate) fn join(folder: &[u8], name: &[u8]) -> Vec<u8> {
 /// Says whether a path lies strictly beneath a folder.
 pub(crate) fn is_under(path: &[u8], folder: &[u8]) -> bool {
     folder.is_empty()
-        || (path.len() > folder.len()
-            && path[folder.len()] == b'/'
-            && path.starts_with(folder))
+        || (path.len() > folder.len() && path[folder.len()] == b'/' && path.starts_with(folder))
 }
 
 fn lower_name<'a>(path: &[u8], buffer: &'a mut [u8; 256]) -> &'a [u8] {

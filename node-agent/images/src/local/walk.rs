@@ -21,9 +21,8 @@ use super::rules::{self, Rules};
 const THREADS: usize = 2;
 
 /// Descriptor-relative opening that cannot leave the root or follow a symlink.
-pub(crate) const BENEATH: ResolveFlags = ResolveFlags::BENEATH
-    .union(ResolveFlags::NO_SYMLINKS)
-    .union(ResolveFlags::NO_MAGICLINKS);
+pub(crate) const BENEATH: ResolveFlags =
+    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
 
 /// The walk could not be done.
 #[derive(Debug, thiserror::Error)]
@@ -184,8 +183,7 @@ pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<(Vec<u8>, Summar
         walk: false,
     };
     let listings = walk.run(first)?;
-    let denied_inodes =
-        walk.denied_inodes.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let denied_inodes = walk.denied_inodes.into_inner().unwrap_or_else(PoisonError::into_inner);
     let mut summary = Summary {
         not_world_readable: walk.not_world_readable.into_inner(),
         denied: walk.denied.into_inner(),
@@ -316,8 +314,7 @@ impl Walk<'_> {
             if job.plan.is_some_and(|plan| plan.children.contains_key(name)) {
                 continue;
             }
-            let Ok(stat) =
-                rustix::fs::statat(folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
+            let Ok(stat) = rustix::fs::statat(folder, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW)
             else {
                 continue;
             };
@@ -337,13 +334,7 @@ impl Walk<'_> {
     }
 
     /// Applies the rules to one entry that the machine has.
-    fn real(
-        &self,
-        folder: BorrowedFd<'_>,
-        path: &[u8],
-        name: &[u8],
-        stat: &Stat,
-    ) -> Option<Found> {
+    fn real(&self, folder: BorrowedFd<'_>, path: &[u8], name: &[u8], stat: &Stat) -> Option<Found> {
         let kind = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => Kind::Folder,
             FileType::RegularFile => Kind::File,
@@ -416,8 +407,16 @@ impl Walk<'_> {
         // From <linux/magic.h>: ext, xfs, btrfs, f2fs, tmpfs, overlay, squashfs, erofs, zfs,
         // bcachefs.
         const LOCAL: [u64; 10] = [
-            0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x0102_1994, 0x794c_7630, 0x7371_7368,
-            0xe0f5_e1e2, 0x2fc1_2fc1, 0xca45_1a4e,
+            0xef53,
+            0x5846_5342,
+            0x9123_683e,
+            0xf2f5_2010,
+            0x0102_1994,
+            0x794c_7630,
+            0x7371_7368,
+            0xe0f5_e1e2,
+            0x2fc1_2fc1,
+            0xca45_1a4e,
         ];
         if from == to {
             return true;
@@ -437,8 +436,8 @@ impl Walk<'_> {
         name: &[u8],
         plan: &Plan,
     ) -> Option<(Found, bool)> {
-        let stat = folder
-            .and_then(|fd| rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW).ok());
+        let stat =
+            folder.and_then(|fd| rustix::fs::statat(fd, name, AtFlags::SYMLINK_NOFOLLOW).ok());
         let wanted = plan.walk || (walked && plan.made.is_none());
         let real = stat.filter(|_| wanted).zip(folder);
         if let Some(found) = real.and_then(|(stat, fd)| self.real(fd.as_fd(), path, name, &stat)) {
@@ -619,9 +618,25 @@ fn secret_inodes(root: BorrowedFd<'_>, home: &[u8]) -> BTreeSet<(u64, u64)> {
     /// Bound on the look around; a folder of secrets is small.
     const LOOKED_AT_MAX: usize = 20_000;
     let places = [
-        ".ssh", ".gnupg", ".aws", ".azure", ".config", ".kube", ".docker", ".password-store",
-        ".mozilla", ".thunderbird", ".local/share/keyrings", ".local/share/uv/credentials",
-        ".cargo", ".m2", ".gradle", ".terraform.d", ".oci", "snap", "",
+        ".ssh",
+        ".gnupg",
+        ".aws",
+        ".azure",
+        ".config",
+        ".kube",
+        ".docker",
+        ".password-store",
+        ".mozilla",
+        ".thunderbird",
+        ".local/share/keyrings",
+        ".local/share/uv/credentials",
+        ".cargo",
+        ".m2",
+        ".gradle",
+        ".terraform.d",
+        ".oci",
+        "snap",
+        "",
     ];
     let mut secret = BTreeSet::new();
     let mut left = LOOKED_AT_MAX;
