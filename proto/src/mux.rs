@@ -18,6 +18,8 @@ use wire::{Kind, Parsed, Parser};
 
 pub use wire::HEADER_LEN;
 
+/// Name of the virtio-serial port that carries the guest link.
+pub const PORT_NAME: &str = "dev.towline.link";
 /// Bytes that may be under way on one stream in one direction before the reader has read.
 pub const WINDOW: u32 = 256 << 10;
 /// Longest payload of one DATA frame: with its header it fills one write of a guest's port.

@@ -1,0 +1,186 @@
+//! What the node agent asks of a virtual machine monitor, and the handle of a running one.
+//!
+//! A VM is one process in a session of its own: it outlives the node agent, and a restarted node
+//! agent adopts it by (boot id, pid, start time, executable) or by the directory that it runs in.
+
+pub mod confine;
+mod processes;
+pub mod qemu;
+pub mod tsc;
+mod vm;
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use futures_util::future::BoxFuture;
+
+pub(crate) use vm::connect;
+pub use vm::{Vm, VmExit, VmIdentity};
+
+/// Most layer disks that one VM can have: the tail of a longer image is squashed into one.
+pub const LAYER_DISKS_MAX: usize = 16;
+/// Least memory with which the guest kernel starts.
+pub const MEMORY_MIN_MIB: u64 = 96;
+/// File name of the guest link's socket in a VM's directory.
+pub const LINK_SOCKET: &str = "link.sock";
+
+/// A virtual machine monitor.
+pub trait Hypervisor: Send + Sync + fmt::Debug {
+    /// What it can do on this machine, and what it does not guard.
+    fn capabilities(&self) -> &Capabilities;
+
+    /// Starts a VM. It has been started, and is not yet ready, when this returns; readiness is the
+    /// guest's hello.
+    fn boot<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>>;
+
+    /// The VM that runs in this directory, if one does, started by whichever node agent.
+    fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError>;
+}
+
+/// What a VM is made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmSpec {
+    /// Virtual CPUs, at least one.
+    pub cpus: u32,
+    /// Memory of the guest.
+    pub memory_mib: u64,
+    /// Read-only images, the lowest first: disks `layer0`, `layer1`…
+    pub layers: Vec<PathBuf>,
+    /// The writable disk: `upper`.
+    pub upper: Option<PathBuf>,
+    /// The VM's own directory, which exists: sockets and logs go there, and nothing else is writable
+    /// to it but `upper`.
+    pub dir: PathBuf,
+    /// Writes the guest's console to `console.log` there. For debugging only: a guest can fill it.
+    pub console: bool,
+}
+
+/// How guest instructions are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accel {
+    /// By the processor.
+    Kvm,
+    /// Emulated: works everywhere, is slow, and is not a security boundary.
+    Tcg,
+}
+
+impl Accel {
+    /// As `Driver.accel` says it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+}
+
+/// What a hypervisor can do on this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Capabilities {
+    /// `qemu`.
+    pub driver: &'static str,
+    /// The program's version.
+    pub version: String,
+    /// How guests are executed.
+    pub accel: Accel,
+    /// Why KVM is not used; empty when it is.
+    pub accel_reason: String,
+    /// Memory snapshots.
+    pub snapshot: bool,
+    /// Devices while it runs.
+    pub hotplug: bool,
+    /// GPUs by VFIO.
+    pub gpu: bool,
+    /// Whether landlock keeps the process to its own files.
+    pub landlock: bool,
+    /// Limits that are missing on this machine, for `tow doctor`.
+    pub missing: Vec<String>,
+}
+
+impl Capabilities {
+    /// As `Observed.isolation` says it.
+    pub fn isolation(&self) -> &'static str {
+        match self.accel {
+            Accel::Kvm => "vm (kvm)",
+            Accel::Tcg => "vm (emulated: not a security boundary)",
+        }
+    }
+}
+
+/// Says why a VM could not be started or taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum HypervisorError {
+    /// The program is not there, or does not say its version.
+    #[error("could not run `{program}`: {problem}; install it (Debian: qemu-system-x86)")]
+    Missing {
+        /// What was looked for.
+        program: String,
+        /// What happened.
+        problem: String,
+    },
+    /// KVM was asked for by name and does not work.
+    #[error(
+        "accel = \"kvm\" was asked for, but {0}; use accel = \"auto\" to fall back to emulation"
+    )]
+    NoKvm(String),
+    /// The VM's shape or paths are not possible.
+    #[error("this VM cannot be started: {0}")]
+    Spec(String),
+    /// The process could not be started.
+    #[error("could not start `{program}` in `{dir}`")]
+    Spawn {
+        /// The program.
+        program: String,
+        /// The VM's directory.
+        dir: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Anything else about files and processes.
+    #[error("could not {action} `{path}`")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl HypervisorError {
+    fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + use<'a> {
+        move |source| Self::Io { action, path: path.to_owned(), source }
+    }
+}
+
+impl VmSpec {
+    /// Refuses what no driver can start.
+    pub fn check(&self) -> Result<(), HypervisorError> {
+        let refuse = |problem: String| Err(HypervisorError::Spec(problem));
+        if self.cpus == 0 {
+            return refuse("it needs at least one CPU".into());
+        }
+        if self.memory_mib < MEMORY_MIN_MIB {
+            return refuse(format!(
+                "{} MiB of memory is not enough; the guest kernel needs {MEMORY_MIN_MIB} MiB",
+                self.memory_mib
+            ));
+        }
+        if self.layers.len() > LAYER_DISKS_MAX {
+            return refuse(format!(
+                "it has {} layer disks; at most {LAYER_DISKS_MAX} can be attached",
+                self.layers.len()
+            ));
+        }
+        for path in self.layers.iter().chain(&self.upper) {
+            if !path.is_file() {
+                return refuse(format!("its disk `{}` is not a file", path.display()));
+            }
+        }
+        Ok(())
+    }
+}

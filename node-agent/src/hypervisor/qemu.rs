@@ -1,0 +1,242 @@
+//! The `qemu` driver: the microvm machine, by KVM where this very kernel was seen to run under it,
+//! else emulated.
+//!
+//! Each VM is confined by landlock and QEMU's own seccomp filter, has no network card, and talks to
+//! the node agent by one serial port only.
+#![expect(unsafe_code, reason = "confining a child happens between fork and exec")]
+
+mod command;
+mod probe;
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use futures_util::future::BoxFuture;
+use landlock::RulesetCreated;
+use rustix::process::{Resource, Rlimit, setrlimit, setsid};
+
+use super::confine::{self, Allowed};
+use super::vm::{LOG_FILE, ORDERS_SOCKET};
+use super::{Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmSpec, tsc};
+use crate::kernel::Kernel;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+
+/// How `accel` is set in the node agent's configuration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum AccelChoice {
+    /// KVM where it works, else emulation.
+    #[default]
+    Auto,
+    /// KVM or nothing.
+    Kvm,
+    /// Emulation.
+    Tcg,
+}
+
+/// What the driver needs to know.
+#[derive(Debug, Clone)]
+pub struct QemuConfig {
+    /// Where verdicts about KVM are remembered.
+    pub cache_dir: PathBuf,
+    /// The guest kernel.
+    pub kernel: Kernel,
+    /// Its initramfs.
+    pub initramfs: PathBuf,
+    /// The configured choice.
+    pub accel: AccelChoice,
+}
+
+/// The driver.
+#[derive(Debug)]
+pub struct Qemu {
+    program: PathBuf,
+    kernel: Kernel,
+    initramfs: PathBuf,
+    tsc_khz: Option<u64>,
+    capabilities: Capabilities,
+}
+
+impl Qemu {
+    /// Finds QEMU and decides on KVM: tried once, within a bound, per kernel, QEMU and boot.
+    pub async fn new(config: QemuConfig) -> Result<Self, HypervisorError> {
+        let program = find_program()?;
+        let version = version(&program)?;
+        let landlock = confine::is_available();
+        let mut missing = Vec::new();
+        if !landlock {
+            missing.push("landlock: this kernel cannot keep QEMU to its own files".to_owned());
+        }
+        let mut qemu = Self {
+            program,
+            kernel: config.kernel,
+            initramfs: config.initramfs,
+            tsc_khz: tsc::khz(),
+            capabilities: Capabilities {
+                driver: "qemu",
+                version,
+                accel: Accel::Tcg,
+                accel_reason: String::new(),
+                snapshot: false,
+                hotplug: false,
+                gpu: false,
+                landlock,
+                missing,
+            },
+        };
+        match (config.accel, probe::verdict(&qemu, &config.cache_dir, config.accel).await) {
+            (AccelChoice::Tcg, _) => {
+                qemu.capabilities.accel_reason = "accel = \"tcg\" is configured".into();
+            }
+            (AccelChoice::Auto | AccelChoice::Kvm, Ok(())) => {
+                qemu.capabilities.accel = Accel::Kvm;
+            }
+            (AccelChoice::Kvm, Err(reason)) => return Err(HypervisorError::NoKvm(reason)),
+            (AccelChoice::Auto, Err(reason)) => qemu.capabilities.accel_reason = reason,
+        }
+        Ok(qemu)
+    }
+
+    /// Starts the process of a VM.
+    fn spawn(&self, spec: &VmSpec, accel: Accel) -> Result<Vm, HypervisorError> {
+        spec.check()?;
+        let io = HypervisorError::io;
+        let dir = fs::canonicalize(&spec.dir).map_err(io("find", &spec.dir))?;
+        let spec = VmSpec { dir, ..absolute(spec)? };
+        for name in [LINK_SOCKET, ORDERS_SOCKET] {
+            remove_stale(&spec.dir.join(name))?;
+        }
+        let log_path = spec.dir.join(LOG_FILE);
+        let log = File::create(&log_path).map_err(io("create", &log_path))?;
+        let log_too = log.try_clone().map_err(io("open", &log_path))?;
+        let mut command = Command::new(&self.program);
+        command
+            .args(command::arguments(self, &spec, accel)?)
+            .current_dir(&spec.dir)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(log_too);
+        let rules = if self.capabilities.landlock {
+            let rules = confine::prepare(&self.allowed(&spec, accel));
+            let failed = |error| io::Error::other(format!("landlock: {error}"));
+            Some(rules.map_err(failed).map_err(io("confine the VM in", &spec.dir))?)
+        } else {
+            None
+        };
+        confine_child(&mut command, rules);
+        let child = command.spawn().map_err(|source| HypervisorError::Spawn {
+            program: self.program.display().to_string(),
+            dir: spec.dir.clone(),
+            source,
+        })?;
+        Vm::started(child, &spec.dir)
+    }
+
+    fn allowed(&self, spec: &VmSpec, accel: Accel) -> Allowed {
+        let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
+        let mut allowed = Allowed {
+            read: paths(&[
+                "/usr/share/qemu",
+                "/usr/share/seabios",
+                "/etc/ld.so.cache",
+                "/dev/urandom",
+            ]),
+            execute: paths(&["/usr/lib", "/lib", "/lib64", "/usr/lib64", "/usr/libexec"]),
+            write: paths(&["/dev/null"]),
+            own: vec![spec.dir.clone()],
+        };
+        allowed.execute.push(self.program.clone());
+        allowed.read.extend([self.kernel.vmlinux.clone(), self.initramfs.clone()]);
+        allowed.read.extend(spec.layers.iter().cloned());
+        allowed.write.extend(spec.upper.iter().cloned());
+        if accel == Accel::Kvm {
+            allowed.write.push("/dev/kvm".into());
+        }
+        allowed
+    }
+}
+
+impl Hypervisor for Qemu {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn boot<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(async move { self.spawn(spec, self.capabilities.accel) })
+    }
+
+    fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
+        Ok(Vm::find(dir, &self.program))
+    }
+}
+
+/// Gives the child a session of its own, no core dumps (they would hold the guest's memory), and
+/// only the files it needs.
+fn confine_child(command: &mut Command, rules: Option<RulesetCreated>) {
+    let mut rules = rules;
+    let confine = move || {
+        setsid()?;
+        setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+        if let Some(rules) = rules.take() {
+            rules.restrict_self().map_err(|_| io::Error::from(io::ErrorKind::PermissionDenied))?;
+        }
+        Ok(())
+    };
+    // SAFETY: after fork the closure makes system calls on what was prepared before; its error
+    // paths allocate nothing that another thread could hold a lock for but the heap, which glibc
+    // makes usable in a forked child.
+    unsafe {
+        command.pre_exec(confine);
+    }
+}
+
+fn absolute(spec: &VmSpec) -> Result<VmSpec, HypervisorError> {
+    let resolve =
+        |path: &PathBuf| fs::canonicalize(path).map_err(HypervisorError::io("find", path));
+    Ok(VmSpec {
+        layers: spec.layers.iter().map(resolve).collect::<Result<_, _>>()?,
+        upper: spec.upper.as_ref().map(resolve).transpose()?,
+        ..spec.clone()
+    })
+}
+
+fn remove_stale(path: &Path) -> Result<(), HypervisorError> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(HypervisorError::io("remove", path)(error)),
+    }
+}
+
+fn find_program() -> Result<PathBuf, HypervisorError> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/bin".into(), "/usr/local/bin".into()])
+        .map(|dir| dir.join(PROGRAM))
+        .find_map(|candidate| fs::canonicalize(candidate).ok())
+        .ok_or_else(|| HypervisorError::Missing {
+            program: PROGRAM.into(),
+            problem: "it is not on the PATH".into(),
+        })
+}
+
+fn version(program: &Path) -> Result<String, HypervisorError> {
+    let missing = |problem: String| HypervisorError::Missing {
+        program: program.display().to_string(),
+        problem,
+    };
+    let output = Command::new(program)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|error| missing(error.to_string()))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    match text.lines().next().and_then(|line| line.strip_prefix("QEMU emulator version ")) {
+        Some(version) => Ok(version.to_owned()),
+        None => Err(missing(format!("it does not say its version ({})", output.status))),
+    }
+}

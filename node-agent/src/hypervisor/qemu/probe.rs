@@ -1,0 +1,108 @@
+//! Whether KVM runs this very kernel here: a /dev/kvm that opens proves nothing, so a guest is booted
+//! until it answers on its link, once, within a bound; the verdict is kept.
+//!
+//! A verdict counts for one kernel, one QEMU and one boot of the machine.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+
+use super::{AccelChoice, Qemu};
+use crate::guest_link::GuestLink;
+use crate::hypervisor::processes::boot_id;
+use crate::hypervisor::{Accel, VmSpec};
+
+/// A guest under KVM answers within a second or two, on a busy machine too.
+const PROBE_MAX: Duration = Duration::from_secs(10);
+const PROBE_MEMORY_MIB: u64 = 256;
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Verdict {
+    kernel: String,
+    initramfs: String,
+    qemu: String,
+    boot_id: String,
+    /// Why not; absent when KVM works.
+    refused: Option<String>,
+}
+
+/// Says why KVM is not to be used, if it is not.
+pub(super) async fn verdict(
+    qemu: &Qemu,
+    cache_dir: &Path,
+    choice: AccelChoice,
+) -> Result<(), String> {
+    if choice == AccelChoice::Tcg {
+        return Err("emulation is configured".into());
+    }
+    let device = Path::new("/dev/kvm");
+    if let Err(error) = fs::OpenOptions::new().read(true).write(true).open(device) {
+        return Err(match error.kind() {
+            std::io::ErrorKind::NotFound => "this machine has no /dev/kvm".into(),
+            std::io::ErrorKind::PermissionDenied => {
+                "this user may not open /dev/kvm (add it to the group kvm)".into()
+            }
+            _ => format!("/dev/kvm does not open: {error}"),
+        });
+    }
+    let path = cache_dir.join("kvm-verdict.json");
+    let mut new = Verdict {
+        kernel: qemu.kernel.digest.clone(),
+        initramfs: qemu.initramfs.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        qemu: qemu.capabilities.version.clone(),
+        boot_id: boot_id(),
+        refused: None,
+    };
+    if let Some(known) = read(&path).filter(|known| same(known, &new)) {
+        return known.refused.map_or(Ok(()), Err);
+    }
+    let result = probe(qemu).await;
+    new.refused = result.as_ref().err().cloned();
+    // A verdict that cannot be kept is reached again next time.
+    let _ = write(&path, &new);
+    result
+}
+
+async fn probe(qemu: &Qemu) -> Result<(), String> {
+    let failed = |what: String| format!("KVM could not be tried: {what}");
+    let dir = tempfile::tempdir().map_err(|error| failed(error.to_string()))?;
+    let spec = VmSpec {
+        cpus: 1,
+        memory_mib: PROBE_MEMORY_MIB,
+        layers: Vec::new(),
+        upper: None,
+        dir: dir.path().to_owned(),
+        console: false,
+    };
+    let vm = qemu.spawn(&spec, Accel::Kvm).map_err(|error| failed(error.to_string()))?;
+    let answered = timeout(PROBE_MAX, GuestLink::answers(&vm)).await;
+    let _ = vm.kill();
+    let exit = vm.wait_exit().await;
+    match answered {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) => Err(format!("a guest does not run under KVM here: {exit}")),
+        Err(_) => Err(format!("a guest under KVM did not answer within {} s", PROBE_MAX.as_secs())),
+    }
+}
+
+fn same(known: &Verdict, new: &Verdict) -> bool {
+    (&known.kernel, &known.initramfs, &known.qemu, &known.boot_id)
+        == (&new.kernel, &new.initramfs, &new.qemu, &new.boot_id)
+}
+
+fn read(path: &Path) -> Option<Verdict> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+fn write(path: &Path, verdict: &Verdict) -> std::io::Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    fs::create_dir_all(dir)?;
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(&serde_json::to_vec_pretty(verdict)?)?;
+    file.persist(path)?;
+    Ok(())
+}

@@ -1,0 +1,238 @@
+//! The handle of a running VM: a process that is ours or adopted, watched by its pidfd.
+//!
+//! Dropping the handle leaves the VM running.
+#![expect(unsafe_code, reason = "tokio asks for a promise about the pidfd")]
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::time::timeout;
+
+use super::processes::{boot_id, executable, running_in, start_time};
+use super::{HypervisorError, LINK_SOCKET};
+
+const IDENTITY_FILE: &str = "vm.json";
+/// What the VMM writes to its standard error.
+pub(super) const LOG_FILE: &str = "vmm.log";
+/// Where the VMM listens for orders.
+pub(super) const ORDERS_SOCKET: &str = "qmp.sock";
+/// How much of the log explains an exit.
+const LOG_SHOWN: u64 = 2048;
+
+/// What makes a process the one that was started.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmIdentity {
+    /// The machine's boot.
+    pub boot_id: String,
+    /// Process id.
+    pub pid: i32,
+    /// Start of the process in clock ticks since boot.
+    pub start_time: u64,
+    /// Its program.
+    pub executable: PathBuf,
+}
+
+/// How a VM's process ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmExit {
+    /// `exit status: 0`, `signal: 9 (SIGKILL)`; empty when it was adopted, as only a parent is told.
+    pub status: String,
+    /// The end of what it wrote to its log.
+    pub log: String,
+}
+
+impl fmt::Display for VmExit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the VM's process ended")?;
+        if !self.status.is_empty() {
+            write!(f, " ({})", self.status)?;
+        }
+        if !self.log.is_empty() {
+            write!(f, ": {}", self.log)?;
+        }
+        Ok(())
+    }
+}
+
+/// A running VM.
+#[derive(Debug)]
+pub struct Vm {
+    identity: VmIdentity,
+    dir: PathBuf,
+    pidfd: AsyncFd<OwnedFd>,
+    child: Mutex<Option<Child>>,
+    status: Mutex<String>,
+}
+
+impl Vm {
+    /// What to know it by.
+    pub fn identity(&self) -> &VmIdentity {
+        &self.identity
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The socket of the guest link.
+    pub fn link_socket(&self) -> PathBuf {
+        self.dir.join(LINK_SOCKET)
+    }
+
+    /// Waits until the process has ended. Cancel-safe, and may be called again.
+    pub async fn wait_exit(&self) -> VmExit {
+        // An error here could only mean that the runtime goes down.
+        let _ = self.pidfd.readable().await.map(|mut guard| guard.retain_ready());
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(child) = &mut *self.child.lock().unwrap_or_else(PoisonError::into_inner)
+            && let Ok(Some(ended)) = child.try_wait()
+        {
+            *status = ended.to_string();
+        }
+        VmExit { status: status.clone(), log: log_end(&self.dir.join(LOG_FILE)) }
+    }
+
+    /// Whether the process is still there.
+    pub fn is_running(&self) -> bool {
+        start_time(self.identity.pid) == Some(self.identity.start_time)
+    }
+
+    /// Kills the process. That it is gone already is fine.
+    pub fn kill(&self) -> io::Result<()> {
+        match pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Ends the process: asks it to write its disks out and quit, and kills it after the bound.
+    pub async fn quit(&self, bound: Duration) -> io::Result<VmExit> {
+        let asked = timeout(bound, async {
+            if self.ask_to_quit().await.is_err() {
+                return None;
+            }
+            Some(self.wait_exit().await)
+        });
+        if let Ok(Some(exit)) = asked.await {
+            return Ok(exit);
+        }
+        self.kill()?;
+        Ok(self.wait_exit().await)
+    }
+
+    async fn ask_to_quit(&self) -> io::Result<()> {
+        let mut orders = connect(&self.dir, ORDERS_SOCKET).await?;
+        orders.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n").await?;
+        // Its answers are of no interest, but reading them keeps it from waiting for us.
+        let mut answers = [0; 1024];
+        while orders.read(&mut answers).await? > 0 {}
+        Ok(())
+    }
+
+    /// Takes a process that was just spawned, and notes its identity in its directory.
+    pub(super) fn started(child: Child, dir: &Path) -> Result<Self, HypervisorError> {
+        let io = HypervisorError::io;
+        let pid = i32::try_from(child.id()).unwrap_or(-1);
+        let vm = match attach(pid, dir) {
+            Some(vm) => vm,
+            None => {
+                let error = io::Error::other(log_end(&dir.join(LOG_FILE)));
+                return Err(io("watch the process of the VM in", dir)(error));
+            }
+        };
+        *vm.child.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
+        write_identity(dir, &vm.identity).map_err(io("write the VM's identity in", dir))?;
+        Ok(vm)
+    }
+
+    /// The VM that runs in this directory with this program: the one noted there, or, when a node
+    /// agent died before it could note it, the one that is found.
+    pub(super) fn find(dir: &Path, program: &Path) -> Option<Self> {
+        if let Some(noted) = read_identity(dir)
+            && noted.boot_id == boot_id()
+            && let Some(vm) = attach(noted.pid, dir)
+            && vm.identity == noted
+        {
+            return Some(vm);
+        }
+        let found = running_in(dir, program).into_iter().find_map(|pid| attach(pid, dir))?;
+        let _ = write_identity(dir, &found.identity);
+        Some(found)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(child) = child {
+            let _ = child.try_wait();
+        }
+    }
+}
+
+/// Connects to a socket in a directory whose path may be too long for a socket's address.
+pub(crate) async fn connect(dir: &Path, name: &str) -> io::Result<UnixStream> {
+    use std::os::fd::AsRawFd;
+    let dir = File::open(dir)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await
+}
+
+fn attach(pid: i32, dir: &Path) -> Option<Vm> {
+    let before = start_time(pid)?;
+    let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::NONBLOCK).ok()?;
+    let executable = executable(pid)?;
+    // The pidfd is that of the process of which the rest was read only if it did not change.
+    if start_time(pid)? != before {
+        return None;
+    }
+    let identity = VmIdentity { boot_id: boot_id(), pid, start_time: before, executable };
+    Some(Vm {
+        identity,
+        dir: dir.to_owned(),
+        pidfd: watch(pidfd).ok()?,
+        child: Mutex::new(None),
+        status: Mutex::new(String::new()),
+    })
+}
+
+fn watch(pidfd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is one descriptor, which stays the same and open until it is dropped.
+    unsafe { Ok(AsyncFd::register_with_interest(pidfd, Interest::READABLE)?) }
+}
+
+fn read_identity(dir: &Path) -> Option<VmIdentity> {
+    serde_json::from_slice(&fs::read(dir.join(IDENTITY_FILE)).ok()?).ok()
+}
+
+fn write_identity(dir: &Path, identity: &VmIdentity) -> io::Result<()> {
+    let mut file = tempfile::NamedTempFile::new_in(dir)?;
+    file.write_all(&serde_json::to_vec(identity)?)?;
+    file.as_file().sync_all()?;
+    file.persist(dir.join(IDENTITY_FILE))?;
+    Ok(())
+}
+
+fn log_end(path: &Path) -> String {
+    let read = || -> io::Result<String> {
+        let mut file = File::open(path)?;
+        let len = file.metadata()?.len();
+        file.seek(SeekFrom::Start(len.saturating_sub(LOG_SHOWN)))?;
+        let mut bytes = Vec::new();
+        file.take(LOG_SHOWN).read_to_end(&mut bytes)?;
+        Ok(String::from_utf8_lossy(&bytes).trim().to_owned())
+    };
+    read().unwrap_or_default()
+}
