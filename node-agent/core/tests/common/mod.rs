@@ -71,7 +71,7 @@ impl World {
         self.watcher.observe(&input, &effects).unwrap_or_else(|broken| {
             panic!("{broken}\n after {input:?}\n came {effects:?}");
         });
-        towline_node_core::check(&self.core).unwrap();
+        towline_node_core::check(&self.core).expect("the state is sound");
         for effect in effects {
             match effect {
                 Effect::Gate { sandbox, gate } => {
@@ -154,7 +154,7 @@ impl World {
                 if session == self.session && well {
                     self.reports += 1;
                     for fact in observed {
-                        let id = SandboxId::try_from(&fact.sandbox_id[..]).unwrap();
+                        let id = SandboxId::try_from(&fact.sandbox_id[..]).expect("an id");
                         self.committed.insert(id, fact);
                     }
                     self.input(Input::Acknowledged { session, sequence });
