@@ -7,7 +7,7 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 pub use quinn::RecvStream as LinkRecv;
 use quinn::VarInt;
 use tokio::io::AsyncWrite;
@@ -93,6 +93,11 @@ impl LinkSend {
     /// Changes what this end sends first. A stream that has ended already is left alone.
     pub fn set_priority(&self, priority: Priority) {
         let _ = self.inner.set_priority(priority as i32);
+    }
+
+    /// Sends a piece of bytes without copying it.
+    pub async fn write_chunk(&mut self, chunk: Bytes) -> io::Result<()> {
+        Ok(self.inner.write_chunk(chunk).await?)
     }
 
     /// Gives it up: what was not yet sent is not sent, and the peer sees the code.

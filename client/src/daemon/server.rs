@@ -1,0 +1,288 @@
+//! The daemon's life: one per user, a task per connection, gone half an hour after its last use.
+//!
+//! Whoever holds the lock owns the socket's name. A daemon that leaves (another version was asked
+//! for, a signal) first gives up name and lock, so that the next one can start while its last
+//! streams end.
+
+use std::fs;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::fs::{FlockOperation, flock};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep_until, timeout};
+use towline_proto::frame::{Frame, FrameKind};
+use towline_proto::v1::daemon_answer::Answer;
+use towline_proto::v1::daemon_request::Request;
+use towline_proto::v1::{DaemonAnswer, DaemonLeaving, DaemonRequest, DaemonStatus};
+use towline_streams::FrameReader;
+
+use super::VERSION;
+use super::client::{READY, TAKEN};
+use super::failure::DaemonFailure;
+use super::place::Place;
+use super::request::{self, Cluster};
+use crate::session::Sessions;
+
+/// Gone so long after the last use.
+const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
+/// Bound on a client's first frame.
+const REQUEST_MAX: Duration = Duration::from_secs(10);
+/// Connections at once.
+const CONNECTIONS_MAX: usize = 4096;
+/// Clusters at once; the oldest is forgotten first.
+const CLUSTERS_MAX: usize = 32;
+/// The log begins anew when it is longer.
+const LOG_MAX: u64 = 1 << 20;
+
+/// Runs the daemon until it is of no more use; says on stdout when it can be reached. Inside a
+/// multi-threaded runtime, in a process of its own.
+pub async fn run() -> anyhow::Result<()> {
+    let place = Place::discover()?;
+    // Not the terminal's any more: neither its signals nor its end.
+    let _ = rustix::process::setsid();
+    let lock = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(place.lock())
+        .with_context(|| format!("opening {}", place.lock().display()))?;
+    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return say(TAKEN);
+    }
+    let listener = bind(&place)?;
+    let mut signals = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()]
+        .map(signal)
+        .into_iter()
+        .collect::<io::Result<Vec<_>>>()
+        .context("catching signals")?;
+    say(READY)?;
+    rustix::stdio::dup2_stdout(io::stderr()).context("leaving stdout")?;
+    tracing::info!(version = VERSION, pid = std::process::id(), "daemon ready");
+    let ended = serve(&place, listener, lock, &mut signals).await;
+    tracing::info!("daemon left");
+    ended
+}
+
+fn say(what: &[u8]) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(what).and_then(|()| stdout.flush()).context("telling that it is ready")
+}
+
+/// Takes the socket's name, which only the lock's holder may do.
+fn bind(place: &Place) -> anyhow::Result<UnixListener> {
+    let socket = place.socket();
+    match fs::remove_file(&socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("removing the old {}", socket.display()));
+        }
+        _ => {}
+    }
+    UnixListener::bind(&socket).with_context(|| format!("listening at {}", socket.display()))
+}
+
+/// What all connections share.
+#[derive(Debug, Default)]
+struct Shared {
+    sessions: Sessions,
+    clusters: tokio::sync::Mutex<Vec<Arc<Cluster>>>,
+    streams: AtomicU32,
+}
+
+/// Why the daemon leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Leave {
+    /// Another version is wanted: streams end by themselves.
+    WhenIdle,
+    /// Asked to: streams end now.
+    Now,
+}
+
+async fn serve(
+    place: &Place,
+    listener: UnixListener,
+    lock: fs::File,
+    signals: &mut [Signal],
+) -> anyhow::Result<()> {
+    let shared = Arc::new(Shared::default());
+    let (leave, mut leaving) = mpsc::channel(16);
+    let mut connections = JoinSet::new();
+    let mut idle_at = Instant::now() + IDLE_MAX;
+    let why = loop {
+        tokio::select! {
+            accepted = listener.accept() => {
+                idle_at = Instant::now() + IDLE_MAX;
+                bound_log();
+                match accepted {
+                    Ok((stream, _)) if may_connect(&stream, connections.len()) => {
+                        let (shared, leave) = (Arc::clone(&shared), leave.clone());
+                        connections.spawn(async move { connection(stream, shared, leave).await });
+                    }
+                    Ok(_) => {}
+                    Err(error) => {
+                        tracing::warn!(%error, "accept failed");
+                        tokio::time::sleep(Duration::from_millis(50)).await;
+                    }
+                }
+            }
+            Some(_) = connections.join_next(), if !connections.is_empty() => {
+                idle_at = Instant::now() + IDLE_MAX;
+            }
+            () = sleep_until(idle_at), if connections.is_empty() => break Leave::WhenIdle,
+            Some(why) = leaving.recv() => break why,
+            () = any(signals) => break Leave::Now,
+        }
+    };
+    drop(listener);
+    let _ = fs::remove_file(place.socket());
+    drop(lock);
+    drop(leaving); // whoever waits to be told that name and lock are free
+    tracing::info!(?why, streams = shared.streams.load(Ordering::Relaxed), "daemon leaves");
+    if why == Leave::WhenIdle {
+        let ended = async { while connections.join_next().await.is_some() {} };
+        tokio::select! {
+            () = ended => {}
+            () = any(signals) => {}
+        }
+    }
+    connections.shutdown().await;
+    for cluster in shared.clusters.lock().await.iter() {
+        cluster.links.close().await;
+    }
+    Ok(())
+}
+
+async fn any(signals: &mut [Signal]) {
+    let mut waiting: Vec<_> = signals.iter_mut().map(|s| Box::pin(s.recv())).collect();
+    std::future::poll_fn(|cx| {
+        let ready = waiting.iter_mut().any(|s| s.as_mut().poll(cx).is_ready());
+        if ready { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+    })
+    .await;
+}
+
+/// Only this user's processes, and only so many.
+fn may_connect(stream: &UnixStream, connections: usize) -> bool {
+    let ours = rustix::process::geteuid().as_raw();
+    match stream.peer_cred() {
+        Ok(peer) if peer.uid() == ours && connections < CONNECTIONS_MAX => true,
+        Ok(peer) => {
+            tracing::warn!(uid = peer.uid(), connections, "connection refused");
+            false
+        }
+        Err(error) => {
+            tracing::warn!(%error, "connection refused");
+            false
+        }
+    }
+}
+
+async fn connection(stream: UnixStream, shared: Arc<Shared>, leave: mpsc::Sender<Leave>) {
+    let mut reader = FrameReader::new(stream);
+    let request = match timeout(REQUEST_MAX, reader.next()).await {
+        Ok(Ok(Some(frame))) if frame.is(FrameKind::DaemonRequest) => {
+            frame.decode::<DaemonRequest>()
+        }
+        _ => return,
+    };
+    let (mut stream, early) = reader.into_parts();
+    let Ok(DaemonRequest { version, context, config, request: Some(request) }) = request else {
+        let failure = DaemonFailure::invalid("the request cannot be read");
+        return answer(&mut stream, Answer::Error(failure.into())).await;
+    };
+    match request {
+        Request::Status(_) => {
+            let status = shared.status().await;
+            answer(&mut stream, Answer::Status(status)).await;
+        }
+        Request::Shutdown(_) => {
+            answer(&mut stream, Answer::Leaving(DaemonLeaving {})).await;
+            let _ = leave.send(Leave::Now).await;
+            // The client waits for the end of this connection, which comes with the daemon's.
+            tokio::time::sleep(REQUEST_MAX).await;
+        }
+        Request::Open(_) if version != VERSION => {
+            tracing::info!(wanted = version, "another version is wanted");
+            let _ = leave.send(Leave::WhenIdle).await;
+            leave.closed().await; // the name and the lock are given up
+            answer(&mut stream, Answer::Leaving(DaemonLeaving {})).await;
+        }
+        Request::Open(open) => {
+            shared.streams.fetch_add(1, Ordering::Relaxed);
+            let _count = Count(&shared.streams);
+            let opened = match shared.cluster(config, &context).await {
+                Ok(cluster) => request::serve(&cluster, &mut stream, open, early).await,
+                Err(failure) => Err(failure),
+            };
+            if let Err(failure) = opened {
+                tracing::info!(error = %failure, context, "stream not opened");
+                answer(&mut stream, Answer::Error(failure.into())).await;
+            }
+        }
+    }
+}
+
+/// Counts a stream until it ends, however it ends.
+struct Count<'a>(&'a AtomicU32);
+
+impl Drop for Count<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn answer(stream: &mut UnixStream, answer: Answer) {
+    use tokio::io::AsyncWriteExt;
+    let frame = Frame::message(FrameKind::DaemonAnswer, &DaemonAnswer { answer: Some(answer) });
+    if let Err(error) = stream.write_all(&frame.to_bytes()).await {
+        tracing::debug!(%error, "client left before its answer");
+    }
+}
+
+impl Shared {
+    async fn cluster(&self, config: Vec<u8>, context: &str) -> Result<Arc<Cluster>, DaemonFailure> {
+        let config = request::config_path(config)?;
+        let session = self.sessions.get(&config, context).await?;
+        let mut clusters = self.clusters.lock().await;
+        if let Some(cluster) = clusters.iter().find(|c| Arc::ptr_eq(&c.session, &session)) {
+            return Ok(Arc::clone(cluster));
+        }
+        // A session that was replaced is not found again: its streams keep what they need of it.
+        clusters.retain(|c| c.session.context() != session.context());
+        if clusters.len() >= CLUSTERS_MAX {
+            clusters.remove(0);
+        }
+        let cluster = Arc::new(Cluster::new(session)?);
+        clusters.push(Arc::clone(&cluster));
+        Ok(cluster)
+    }
+
+    async fn status(&self) -> DaemonStatus {
+        let clusters = self.clusters.lock().await;
+        let links: usize = clusters.iter().map(|c| c.links.count()).sum();
+        DaemonStatus {
+            pid: std::process::id(),
+            version: VERSION.into(),
+            links: u32::try_from(links).unwrap_or(u32::MAX),
+            streams: self.streams.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// Begins the log anew when it is long; stderr appends, so nothing else has to know.
+fn bound_log() {
+    let stderr = io::stderr();
+    let Ok(meta) = rustix::fs::fstat(stderr.as_fd()) else { return };
+    let regular = rustix::fs::FileType::from_raw_mode(meta.st_mode).is_file();
+    if regular && u64::try_from(meta.st_size).unwrap_or(0) > LOG_MAX {
+        let _ = rustix::fs::ftruncate(stderr.as_fd(), 0);
+    }
+}
