@@ -138,7 +138,7 @@ impl Vm {
         orders.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n").await?;
         // Its answers are of no interest, but reading them keeps it from waiting for us.
         let mut answers = [0; 1024];
-        while orders.read(&mut answers).await? > 0 {}
+        while orders.read(&mut answers).await.is_ok_and(|len| len > 0) {}
         Ok(())
     }
 
