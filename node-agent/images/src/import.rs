@@ -13,7 +13,7 @@ use crate::layer::compression::{self, BoundMet};
 use crate::layer::normal::shown;
 use crate::limits;
 use crate::prepare::make_layers;
-use crate::store::{OnProgress, Progress, Scratch, Store, StoredImage, copy_blob};
+use crate::store::{OnProgress, Progress, Scratch, Store, StoredImage, copy_blob, read_document};
 use crate::tar::{Reader, TarError, Type};
 
 /// Indexes within indexes that are followed.
@@ -174,10 +174,21 @@ impl<'s> Staged<'s> {
         Ok(())
     }
 
-    /// Makes sure that a blob is in the store.
+    /// Where a blob is: in the store, or still in the scratch folder.
+    fn path_of(&self, digest: &Digest) -> PathBuf {
+        if self.blobs.contains_key(digest) {
+            return self.scratch.path(&digest.hex());
+        }
+        self.store.blob(digest)
+    }
+
+    fn read(&self, digest: &Digest, what: &'static str) -> Result<Vec<u8>, ImageError> {
+        read_document(&self.path_of(digest), digest, what)
+    }
+
+    /// Makes sure that a blob is here.
     fn want(&mut self, digest: Digest, what: &'static str) -> Result<(), ImageError> {
-        let to = self.store.blob(&digest);
-        if to.exists() {
+        if self.path_of(&digest).exists() {
             return Ok(());
         }
         if let Some(folder) = self.folder.clone() {
@@ -192,15 +203,24 @@ impl<'s> Staged<'s> {
             let size = file.metadata().map_or(0, |meta| meta.len());
             self.blob(digest, size, &mut file, &mut |_| {})?;
         }
-        if !self.blobs.contains_key(&digest) {
+        if !self.path_of(&digest).exists() {
             return Err(ImageError::MissingBlob { what, digest });
         }
-        self.store.publish_file(&self.scratch.path(&digest.hex()), &to)
+        Ok(())
+    }
+
+    /// Gives a blob its name in the store; only of an image that is whole and good.
+    fn keep(&mut self, digest: Digest) -> Result<(), ImageError> {
+        if self.blobs.remove(&digest).is_some() {
+            let from = self.scratch.path(&digest.hex());
+            self.store.publish_file(&from, &self.store.blob(&digest))?;
+        }
+        Ok(())
     }
 
     fn want_sized(&mut self, blob: Blob, what: &'static str) -> Result<(), ImageError> {
         self.want(blob.digest, what)?;
-        let path = self.store.blob(&blob.digest);
+        let path = self.path_of(&blob.digest);
         let size = fs::metadata(&path).map_err(|e| ImageError::io("read", path, e))?.len();
         if size != blob.size {
             let why = format!("{what} {} has {size} bytes, not {}", blob.digest, blob.size);
@@ -212,13 +232,18 @@ impl<'s> Staged<'s> {
     /// Chooses the image, takes in its blobs, makes its layers and records it.
     fn finish(mut self, progress: OnProgress<'_>) -> Result<Imported, ImageError> {
         let digest = self.choose()?;
-        let manifest = document::manifest(&self.store.document(&digest, "manifest")?)?;
+        let manifest = document::manifest(&self.read(&digest, "manifest")?)?;
         self.want_sized(manifest.config, "config")?;
-        let config = document::config(&self.store.document(&manifest.config.digest, "config")?)?;
+        let config = document::config(&self.read(&manifest.config.digest, "config")?)?;
         for layer in &manifest.layers {
             self.want_sized(*layer, "layer")?;
         }
-        make_layers(self.store, &manifest, &config, progress)?;
+        let path_of = |blob: &Digest| self.path_of(blob);
+        make_layers(self.store, &manifest, &config, &path_of, progress)?;
+        for blob in [&manifest.config].into_iter().chain(&manifest.layers) {
+            self.keep(blob.digest)?;
+        }
+        self.keep(digest)?;
         let bytes = manifest.layers.iter().map(|layer| layer.size).sum();
         let layers = u32::try_from(manifest.layers.len()).unwrap_or(u32::MAX);
         self.store.record(&StoredImage { digest, bytes, layers })?;
@@ -248,7 +273,7 @@ impl<'s> Staged<'s> {
                     return Err(ImageError::document("index", "indexes within indexes"));
                 }
                 self.want(digest, "index")?;
-                let bytes = self.store.document(&digest, "index")?;
+                let bytes = self.read(&digest, "index")?;
                 indexes.push((document::index(&bytes)?, depth + 1));
             }
         }

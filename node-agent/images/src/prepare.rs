@@ -14,7 +14,7 @@ use crate::layer::imager;
 use crate::layer::listing::Listing;
 use crate::layer::normal::{self, Archive, Budget};
 use crate::limits;
-use crate::store::{OnProgress, Progress, Store};
+use crate::store::{OnProgress, Progress, Store, read_document};
 
 /// An image ready to be mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,9 +37,10 @@ pub fn prepare(
     if !store.has_image(digest) {
         return Err(ImageError::Unknown(*digest));
     }
-    let manifest = document::manifest(&store.document(digest, "manifest")?)?;
-    let config = document::config(&store.document(&manifest.config.digest, "config")?)?;
-    let layers = make_layers(store, &manifest, &config, progress)?;
+    let manifest = document::manifest(&read_document(&store.blob(digest), digest, "manifest")?)?;
+    let of_config = manifest.config.digest;
+    let config = document::config(&read_document(&store.blob(&of_config), &of_config, "config")?)?;
+    let layers = make_layers(store, &manifest, &config, &|blob| store.blob(blob), progress)?;
     Ok(Prepared { digest: *digest, layers, config: config.config })
 }
 
@@ -50,11 +51,15 @@ struct Disk {
     count: usize,
 }
 
-/// Makes the disks of an image whose blobs are all in the store.
+/// Where a blob's file is.
+type PathOf<'p> = &'p dyn Fn(&Digest) -> PathBuf;
+
+/// Makes the disks of an image whose blobs are all where `path_of` says.
 pub(crate) fn make_layers(
     store: &Store,
     manifest: &Manifest,
     config: &Config,
+    path_of: PathOf<'_>,
     progress: OnProgress<'_>,
 ) -> Result<Vec<PathBuf>, ImageError> {
     if manifest.layers.len() != config.diff_ids.len() {
@@ -76,7 +81,7 @@ pub(crate) fn make_layers(
                 let _lock = store.lock(&disk.key, progress)?;
                 match state(store, disk) {
                     Some(is_empty) => is_empty,
-                    None => make_disk(store, disk, below, &mut budget, progress)?,
+                    None => make_disk(store, disk, below, path_of, &mut budget, progress)?,
                 }
             }
         };
@@ -155,6 +160,7 @@ fn make_disk(
     store: &Store,
     disk: &Disk,
     below: Option<&Disk>,
+    path_of: PathOf<'_>,
     budget: &mut Budget,
     progress: OnProgress<'_>,
 ) -> Result<bool, ImageError> {
@@ -170,7 +176,7 @@ fn make_disk(
         Some(below) => read_listing(store, &below.key)?,
         None => Listing::default(),
     };
-    let archives: Vec<_> = disk.layers.iter().map(|layer| archive(store, *layer)).collect();
+    let archives: Vec<_> = disk.layers.iter().map(|layer| archive(path_of, *layer)).collect();
     let outcome = normal::scan(&archives, &lower, budget)?;
     let is_empty = outcome.is_empty();
     if !is_empty {
@@ -205,8 +211,8 @@ fn read_listing(store: &Store, key: &Digest) -> Result<Listing, ImageError> {
     })
 }
 
-fn archive<'a>(store: &'a Store, (number, blob, diff_id): (usize, Blob, Digest)) -> Archive<'a> {
-    let path = store.blob(&blob.digest);
+fn archive<'a>(path_of: PathOf<'_>, (number, blob, diff_id): (usize, Blob, Digest)) -> Archive<'a> {
+    let path = path_of(&blob.digest);
     Archive {
         name: format!("layer {}", number + 1),
         diff_id: Some(diff_id),

@@ -109,35 +109,6 @@ impl Store {
         self.root.join("blobs/sha256").join(digest.hex())
     }
 
-    /// Reads a document of a bounded size, checked against its digest.
-    pub(crate) fn document(
-        &self,
-        digest: &Digest,
-        what: &'static str,
-    ) -> Result<Vec<u8>, ImageError> {
-        let path = self.blob(digest);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(ImageError::MissingBlob { what, digest: *digest });
-            }
-            Err(error) => return Err(ImageError::io("open", path, error)),
-        };
-        let mut bytes = Vec::new();
-        file.take(limits::DOCUMENT_MAX + 1)
-            .read_to_end(&mut bytes)
-            .map_err(|e| ImageError::io("read", path, e))?;
-        if bytes.len() as u64 > limits::DOCUMENT_MAX {
-            let limit = format!("{} MiB", limits::DOCUMENT_MAX >> 20);
-            return Err(ImageError::Limit { what: format!("size of the {what}"), limit });
-        }
-        let found = Digest::of(&bytes);
-        if found != *digest {
-            return Err(ImageError::WrongDigest { what: what.into(), expected: *digest, found });
-        }
-        Ok(bytes)
-    }
-
     /// The file of a layer disk, or of what belongs to it.
     pub(crate) fn layer(&self, key: &Digest, suffix: &str) -> PathBuf {
         self.root.join("layers").join(format!("{}.{suffix}", key.hex()))
@@ -320,4 +291,32 @@ pub(crate) fn copy_blob(
     file.set_len(total).map_err(failed)?;
     let (_, digest, bytes) = input.finish();
     Ok((digest, bytes))
+}
+
+/// Reads a document of a bounded size from a blob's file, checked against its digest.
+pub(crate) fn read_document(
+    path: &Path,
+    digest: &Digest,
+    what: &'static str,
+) -> Result<Vec<u8>, ImageError> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(ImageError::MissingBlob { what, digest: *digest });
+        }
+        Err(error) => return Err(ImageError::io("open", path, error)),
+    };
+    let mut bytes = Vec::new();
+    file.take(limits::DOCUMENT_MAX + 1)
+        .read_to_end(&mut bytes)
+        .map_err(|e| ImageError::io("read", path, e))?;
+    if bytes.len() as u64 > limits::DOCUMENT_MAX {
+        let limit = format!("{} MiB", limits::DOCUMENT_MAX >> 20);
+        return Err(ImageError::Limit { what: format!("size of the {what}"), limit });
+    }
+    let found = Digest::of(&bytes);
+    if found != *digest {
+        return Err(ImageError::WrongDigest { what: what.into(), expected: *digest, found });
+    }
+    Ok(bytes)
 }
