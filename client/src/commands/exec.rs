@@ -1,0 +1,103 @@
+//! `tow exec`: a command in a sandbox that runs.
+//!
+//! It talks to the daemon only: no call to the control plane unless something is wrong.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStringExt as _;
+
+use clap::Args;
+use towline_proto::v1;
+
+use crate::commands::Env;
+use crate::error::{Exit, Failure, Outcome};
+use crate::spec::{self, EnvArgs};
+use crate::tunnel::exec::{self, Ended, ExecClient, How, Io};
+use crate::tunnel::guest::Guest;
+use crate::tunnel::tty::{self, TtyArgs};
+use crate::{ids, output::human};
+
+/// Arguments of `tow exec`.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// Terminal flags.
+    #[command(flatten)]
+    pub tty: TtyArgs,
+    /// Environment flags.
+    #[command(flatten)]
+    pub env: EnvArgs,
+    /// Working directory in the sandbox
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<OsString>,
+    /// Leave the command running; prints its id
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Name or id of the sandbox
+    #[arg(value_name = "NAME")]
+    pub name: String,
+    /// The command
+    #[arg(
+        value_name = "CMD",
+        required = true,
+        trailing_var_arg = true,
+        allow_hyphen_values = true
+    )]
+    pub command: Vec<OsString>,
+}
+
+pub(super) async fn run(args: ExecArgs, env: &Env) -> Outcome {
+    let terminal = if args.detach { None } else { args.tty.terminal() };
+    let start = v1::ExecStart {
+        argv: spec::argv(args.command),
+        env: args.env.collect()?,
+        cwd: args.workdir.map(OsString::into_vec).unwrap_or_default(),
+        user: None,
+        terminal,
+        detached: args.detach,
+        main: false,
+        stdin_closed: args.detach,
+    };
+    check(&start)?;
+    let io = if args.detach { tty::detached() } else { args.tty.io(start.terminal.is_some()) };
+    let guest = Guest::named(env, &args.name).await?;
+    let exec_id = ids::exec_id()?;
+    let ended = start_and_follow(&guest, exec_id, start, io).await?;
+    if args.detach {
+        env.printer.answer(exec_id.to_string())?;
+    }
+    Ok(finish(env, &ended, &args.name))
+}
+
+/// Refuses what no guest could start.
+pub(super) fn check(start: &v1::ExecStart) -> anyhow::Result<()> {
+    let too_long = start.argv.iter().chain(&start.env).map(Vec::len).sum::<usize>()
+        > towline_proto::limits::ARGV_ENV_MAX;
+    if too_long {
+        return Err(Failure::usage("the arguments and environment are too long").into());
+    }
+    if start.argv.iter().chain([&start.cwd]).any(|word| word.contains(&0)) {
+        return Err(Failure::usage("an argument holds a NUL byte").into());
+    }
+    Ok(())
+}
+
+/// Starts a command and stays with it as `io` says.
+pub(super) async fn start_and_follow(
+    guest: &Guest<'_>,
+    exec_id: towline_proto::ids::ExecId,
+    start: v1::ExecStart,
+    io: Io,
+) -> anyhow::Result<Ended> {
+    exec::run(guest, ExecClient::new(exec_id.to_vec(), How::Start(start)), io).await
+}
+
+/// Says what a person should know about the end, and returns the exit code.
+pub(super) fn finish(env: &Env, ended: &Ended, name: &str) -> Exit {
+    match ended {
+        Ended::Exited(status) if !status.reason.is_empty() => {
+            env.printer.warning(human::printable(&status.reason));
+        }
+        Ended::Left => env.printer.hint(format!("left; `tow attach {name}` takes it up again")),
+        _ => {}
+    }
+    ended.exit()
+}

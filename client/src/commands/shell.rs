@@ -1,0 +1,70 @@
+//! `tow shell`: the user's shell in a sandbox, this folder's unless one is named.
+
+use clap::Args;
+use towline_proto::v1;
+
+use super::exec::{finish, start_and_follow};
+use super::run::folder_sandbox;
+use crate::cluster::{Cluster, Start};
+use crate::commands::Env;
+use crate::error::{Failure, Outcome};
+use crate::folder::ProjectFolder;
+use crate::spec::EnvArgs;
+use crate::tunnel::guest::Guest;
+use crate::tunnel::tty::TtyArgs;
+use crate::{ids, sandbox, user};
+
+/// Arguments of `tow shell`.
+#[derive(Debug, Args)]
+pub struct ShellArgs {
+    /// Terminal flags.
+    #[command(flatten)]
+    pub tty: TtyArgs,
+    /// Environment flags.
+    #[command(flatten)]
+    pub env: EnvArgs,
+    /// Name or id of the sandbox; this folder's when there is none
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+}
+
+pub(super) async fn run(args: ShellArgs, env: &Env) -> Outcome {
+    let cluster = Cluster::open(env, Start::UnlessDown).await?;
+    let found = match &args.name {
+        Some(name) => sandbox::find(&cluster, name).await?,
+        None => here(&cluster).await?,
+    };
+    let found = sandbox::ensure_running(&cluster, found, &env.printer).await?;
+    let terminal = args.tty.terminal();
+    let start = v1::ExecStart {
+        argv: shell(&found),
+        env: args.env.collect()?,
+        terminal,
+        ..Default::default()
+    };
+    let io = args.tty.io(start.terminal.is_some());
+    let guest = Guest::of(env, cluster, &found)?;
+    let ended = start_and_follow(&guest, ids::exec_id()?, start, io).await?;
+    Ok(finish(env, &ended, &sandbox::name(&found)))
+}
+
+async fn here(cluster: &Cluster) -> anyhow::Result<v1::Sandbox> {
+    let folder = ProjectFolder::find(&std::env::current_dir()?, user::home().as_deref())?;
+    let found = folder_sandbox(cluster, &folder, None).await?;
+    found.ok_or_else(|| {
+        let text = format!("there is no sandbox for the folder `{}`", folder.path.display());
+        Failure::new(text).hint("`tow run -- CMD` makes one; `tow ls` lists all").into()
+    })
+}
+
+/// The user's own shell with a local image; else the best there is in any image.
+fn shell(found: &v1::Sandbox) -> Vec<Vec<u8>> {
+    let user = found.spec.as_ref().and_then(|spec| spec.user.as_ref());
+    match user.map(|user| user.shell.clone()).filter(|shell| !shell.is_empty()) {
+        Some(shell) => vec![shell, b"-l".to_vec()],
+        None => {
+            let best = "command -v bash >/dev/null 2>&1 && exec bash -l; exec sh -l";
+            vec![b"/bin/sh".to_vec(), b"-c".to_vec(), best.into()]
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Writes the two servers' configuration files. The port is chosen once and kept, so that
+//! certificates, contexts and nodes need not change when the cluster starts again.
+
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use serde::{Deserialize, Serialize};
+
+use super::layout::Layout;
+use crate::config::write_private;
+use crate::env_vars;
+
+/// Name of the only member.
+const MEMBER: &str = "embedded";
+/// Name of the only node.
+pub(super) const NODE: &str = "embedded";
+
+#[derive(Debug, Serialize, Deserialize)]
+struct MemberConfig {
+    data_dir: PathBuf,
+    listen: SocketAddr,
+    member_name: String,
+}
+
+#[derive(Debug, Serialize)]
+struct NodeConfig {
+    name: String,
+    data_dir: PathBuf,
+    cache_dir: PathBuf,
+    control_plane: Vec<SocketAddr>,
+    token_file: PathBuf,
+    link_listen: SocketAddr,
+    embedded: bool,
+    accel: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    guest_agent: Option<PathBuf>,
+}
+
+/// Writes both files and returns where the control plane will listen.
+pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
+    let listen =
+        kept_port(layout).filter(|address| is_free(*address)).map_or_else(free_port, Ok)?;
+    let member = MemberConfig { data_dir: layout.member(), listen, member_name: MEMBER.to_owned() };
+    let accel = env_vars::get(env_vars::TOWLINE_ACCEL);
+    let node = NodeConfig {
+        name: NODE.to_owned(),
+        data_dir: layout.node(),
+        cache_dir: layout.cache.clone(),
+        control_plane: vec![listen],
+        token_file: layout.node_token(),
+        link_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+        embedded: true,
+        accel: accel.map_or_else(|| "auto".into(), |accel| accel.to_string_lossy().into_owned()),
+        guest_agent: env_vars::get(env_vars::TOWLINE_GUEST_AGENT).map(PathBuf::from),
+    };
+    store(layout.member_config(), &member)?;
+    store(layout.node_config(), &node)?;
+    Ok(listen)
+}
+
+fn store(path: PathBuf, config: &impl Serialize) -> anyhow::Result<()> {
+    let text = toml::to_string_pretty(config).context("writing a server's configuration")?;
+    let text = format!("# Written by `tow up`; changes are overwritten.\n{text}");
+    write_private(&path, text.as_bytes())
+        .with_context(|| format!("could not write `{}`", path.display()))
+}
+
+fn kept_port(layout: &Layout) -> Option<SocketAddr> {
+    let text = fs::read_to_string(layout.member_config()).ok()?;
+    Some(toml::from_str::<MemberConfig>(&text).ok()?.listen)
+}
+
+fn is_free(address: SocketAddr) -> bool {
+    TcpListener::bind(address).is_ok()
+}
+
+fn free_port() -> anyhow::Result<SocketAddr> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("choosing a port")?;
+    listener.local_addr().context("choosing a port")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_is_kept_unless_somebody_took_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout {
+            data: dir.path().join("data"),
+            keys: dir.path().join("keys"),
+            cache: dir.path().join("cache"),
+        };
+        let first = write(&layout).unwrap();
+        assert_eq!(write(&layout).unwrap(), first);
+        let _taken = TcpListener::bind(first).unwrap();
+        assert_ne!(write(&layout).unwrap(), first);
+    }
+}

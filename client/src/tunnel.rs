@@ -1,0 +1,10 @@
+//! Bytes between this machine and a guest, by way of the daemon: commands and terminals.
+//!
+//! The daemon and the node only splice; the two ends of every protocol here are `tow` and the
+//! guest agent. What a guest sends is checked here before it touches anything.
+
+pub mod exec;
+pub mod guest;
+pub mod import;
+pub mod terminal;
+pub mod tty;
