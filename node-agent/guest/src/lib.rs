@@ -1,1 +1,20 @@
 //! PID 1 in the microVM: exec, files, image mounts; small and static.
+//!
+//! Reading order: `boot` makes the kernel usable, `agent` owns the guest link's sessions, `configure`
+//! and `root` build what the workload sees, `workload` holds its processes, `exec` runs commands,
+//! `serve` tells streams apart. Nothing here trusts the workload, and nothing outside trusts this.
+
+pub mod agent;
+pub mod boot;
+pub mod configure;
+pub mod credentials;
+pub mod exec;
+pub mod files;
+pub mod fuse;
+pub mod nonblocking;
+pub mod refusal;
+pub mod root;
+pub mod serve;
+pub mod settings;
+pub mod shutdown;
+pub mod workload;

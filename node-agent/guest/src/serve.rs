@@ -1,0 +1,92 @@
+//! Tells the streams of clients apart by their first frame and hands each to who serves it.
+//!
+//! A stream that says nothing, or something else than OPEN, costs a bounded time and one frame.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncRead, AsyncWrite};
+use towline_proto::frame::{Frame, FrameKind};
+use towline_proto::v1::{StreamErrorCode, StreamOpen, User, stream_open::Kind};
+use towline_streams::{FrameReader, FrameWriter};
+
+use crate::exec::{self, ExecTable};
+use crate::files;
+use crate::refusal::Refusal;
+
+/// How long a stream may take to say what it is.
+const OPEN_MAX: Duration = Duration::from_secs(30);
+
+/// What a configured guest offers.
+#[derive(Debug)]
+pub struct Services {
+    /// Its commands.
+    pub execs: Arc<ExecTable>,
+    /// The project folder as the agent sees it, and whose it is.
+    pub folder: Option<(PathBuf, User)>,
+}
+
+/// Serves one stream of a client.
+pub async fn serve<R, W>(services: &Services, reader: R, writer: W)
+where
+    R: AsyncRead + Unpin + Send + 'static,
+    W: AsyncWrite + Unpin + Send + 'static,
+{
+    let (mut reader, mut writer) = (FrameReader::new(reader), FrameWriter::new(writer));
+    let refusal = match read_open(&mut reader).await {
+        Ok(Kind::Exec(open)) => return exec::serve(&services.execs, open, reader, writer).await,
+        Ok(Kind::Files(open)) => match &services.folder {
+            Some((root, user)) => {
+                return files::serve(open, reader, writer, root, user.uid, user.gid).await;
+            }
+            None => Refusal::new(
+                StreamErrorCode::Unsupported,
+                "this sandbox was made without a project folder",
+            ),
+        },
+        Ok(Kind::Ping(_)) => {
+            return answer(&mut writer, &Frame::raw(FrameKind::Pong, &b""[..])).await;
+        }
+        Ok(Kind::ExecList(_)) => {
+            let list = services.execs.list();
+            return answer(&mut writer, &Frame::message(FrameKind::ExecList, &list)).await;
+        }
+        Ok(Kind::Control(_) | Kind::Fuse(_) | Kind::ImageImport(_)) => {
+            Refusal::new(StreamErrorCode::Unsupported, "the guest does not serve this stream")
+        }
+        Err(refusal) => refusal,
+    };
+    answer(&mut writer, &Frame::message(FrameKind::Error, &refusal.to_message())).await;
+}
+
+async fn read_open<R: AsyncRead + Unpin>(reader: &mut FrameReader<R>) -> Result<Kind, Refusal> {
+    let first = tokio::time::timeout(OPEN_MAX, reader.next())
+        .await
+        .map_err(|_| Refusal::invalid("the stream did not say what it is for"))?;
+    let frame = match first {
+        Ok(Some(frame)) if frame.is(FrameKind::Open) => frame,
+        Ok(Some(frame)) => {
+            return Err(Refusal::invalid(format!(
+                "a stream begins with OPEN, not with a frame of kind {}",
+                frame.kind
+            )));
+        }
+        Ok(None) => return Err(Refusal::invalid("the stream ended before it began")),
+        Err(error) => return Err(Refusal::invalid(error.to_string())),
+    };
+    let open: StreamOpen = frame.decode().map_err(|error| Refusal::invalid(error.to_string()))?;
+    open.kind.ok_or_else(|| {
+        Refusal::new(
+            StreamErrorCode::Unsupported,
+            "the guest agent does not know this kind of stream: it is older than the client",
+        )
+    })
+}
+
+/// Sends the one frame of a short stream; a client that has left needs none.
+async fn answer<W: AsyncWrite + Unpin>(writer: &mut FrameWriter<W>, frame: &Frame) {
+    if writer.send(frame).await.is_ok() {
+        let _ = writer.finish().await;
+    }
+}
