@@ -86,7 +86,7 @@ proptest! {
         let (mut input, mut got) = (VecDeque::from(input), BytesMut::new());
         let mut cut = true;
         // Random steps, then as many plain ones as it takes.
-        let plain = (0..4000).map(|n| (n % 4, 4000));
+        let plain = (0..4000u16).map(|n| ((n % 4) as u8, 4000));
         for (what, most) in steps.into_iter().chain(plain) {
             if cut {
                 let frame = guest.open(&client.open());
