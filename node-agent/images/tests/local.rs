@@ -1,5 +1,6 @@
 //! The local image against a fake machine with planted secrets, asked as a guest's kernel would,
 //! and as an attacker's guest agent would.
+#![expect(clippy::unwrap_used, reason = "a test that fails, fails here")]
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};

@@ -125,6 +125,9 @@ struct Job<'p> {
     walk: bool,
 }
 
+/// What is served of one folder, and which of its entries are folders to read next.
+type Listed<'p> = (Vec<Found>, Vec<(usize, Job<'p>)>);
+
 struct Found {
     name: Vec<u8>,
     kind: Kind,
@@ -237,11 +240,7 @@ impl Walk<'_> {
     }
 
     /// Reads one folder: what is served of it, and the folders to read next.
-    fn list<'p>(
-        &self,
-        job: &Job<'p>,
-        buffer: &mut Vec<u8>,
-    ) -> Result<(Vec<Found>, Vec<(usize, Job<'p>)>), WalkError> {
+    fn list<'p>(&self, job: &Job<'p>, buffer: &mut Vec<u8>) -> Result<Listed<'p>, WalkError> {
         let mut listing = Vec::new();
         let mut folders = Vec::new();
         let folder = self.open_folder(&job.path)?;
