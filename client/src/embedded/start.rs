@@ -52,9 +52,10 @@ pub async fn start_detached(layout: &Layout, printer: &Printer) -> anyhow::Resul
     match timeout_at(Instant::now() + START_MAX, follow(lines, &progress)).await {
         Ok(End::Ready) => Ok(()),
         Ok(End::Other) => wait_for_other(layout, printer).await,
-        Ok(End::Failed(text)) => Err(Failure::new(text)
+        Ok(End::Failed(told)) if told.hint.is_empty() => Err(Failure::new(told.text)
             .hint("`tow doctor` checks this machine; `tow up -v` shows the servers' logs")
             .into()),
+        Ok(End::Failed(told)) => Err(Failure::new(told.text).hint(told.hint).into()),
         Ok(End::Silent) => {
             let text = format!("the supervisor ended before it was ready; see `{}`", log.display());
             Err(Failure::new(text).into())
@@ -73,8 +74,15 @@ enum End {
     Ready,
     /// Another supervisor was faster.
     Other,
-    Failed(String),
+    Failed(Told),
     Silent,
+}
+
+/// Why it came to nothing, as the background process told it.
+#[derive(Debug, serde::Deserialize)]
+struct Told {
+    text: String,
+    hint: String,
 }
 
 async fn follow(stdout: ChildStdout, progress: &crate::output::Progress) -> End {
@@ -85,8 +93,7 @@ async fn follow(stdout: ChildStdout, progress: &crate::output::Progress) -> End 
             ("ready", _) => return End::Ready,
             ("other", _) => return End::Other,
             ("failed", text) => {
-                let text: Result<String, _> = serde_json::from_str(text);
-                return text.map_or(End::Silent, End::Failed);
+                return serde_json::from_str(text).map_or(End::Silent, End::Failed);
             }
             _ => {}
         }

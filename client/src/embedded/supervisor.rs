@@ -53,8 +53,9 @@ impl Reporter {
 
     /// It came to nothing.
     pub fn failed(&self, error: &anyhow::Error) {
-        let text = format!("{error:#}");
-        self.line(&format!("failed {}", serde_json::Value::from(text)));
+        let hint = crate::error::hint(error).unwrap_or_default();
+        let told = serde_json::json!({ "text": format!("{error:#}"), "hint": hint });
+        self.line(&format!("failed {told}"));
     }
 
     fn step(&self, text: &str) {

@@ -486,3 +486,7 @@ fn refusal(error: v1::StreamError, started: bool) -> Stop {
         _ => Stop::Failed(failure.into()),
     }
 }
+
+#[cfg(test)]
+#[path = "driver_tests.rs"]
+mod tests;
