@@ -27,6 +27,9 @@ const TICK: Duration = Duration::from_secs(1);
 /// Looks without an answer before it is suspected.
 const SILENT_TICKS: u32 = 2;
 
+/// How long the peer of a probed link has to acknowledge, once it is known to answer others.
+const SECOND_CHANCE: Duration = Duration::from_secs(2);
+
 type Key = (NodeId, String);
 
 /// All links of one cluster.
@@ -167,6 +170,9 @@ async fn watch(links: std::sync::Weak<Links>, key: Key, link: Link) {
             (true, true) => silent += u32::from(silent > 0),
         }
         (heard, sent) = (heard_now, sent_now);
+        if silent > 0 {
+            link.connection.probe();
+        }
         if silent >= SILENT_TICKS && is_elsewhere(&links, &key, &link, heard).await {
             tracing::info!(node = %key.0, endpoint = key.1, "link given up: the node was restarted");
             link.connection.close(CLOSE_GOING_AWAY, "no answer");
@@ -184,5 +190,8 @@ async fn is_elsewhere(links: &Links, key: &Key, link: &Link, heard: u64) -> bool
     }
     let Ok(fresh) = links.connect(&key.1).await else { return false };
     fresh.close(CLOSE_DONE, "only looking");
+    // The network may just have come back: this link gets its chance too.
+    link.connection.probe();
+    tokio::time::sleep(SECOND_CHANCE).await;
     link.connection.stats().udp_rx.datagrams == heard
 }

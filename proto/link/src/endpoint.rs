@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     ClientConfig, ConnectionError, Endpoint, EndpointConfig, Incoming, MtuDiscoveryConfig,
@@ -37,6 +38,8 @@ const UDP_BUFFER: usize = 4 << 20;
 /// Ten GSO segments of it stay under 64 KiB; over 6,500 sends fail and look like loss.
 const LOOPBACK_MTU: u16 = 6000;
 const UDP_PAYLOAD_MAX: u16 = 6500;
+/// Datagrams carry only probes.
+const PROBES_BUFFER: usize = 16 << 10;
 /// Bound on a handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Connection attempts that a node keeps waiting; more are refused.
@@ -276,8 +279,22 @@ impl LinkConnection {
     /// The next stream that the peer opened. Cancel-safe. Answers travel with
     /// [`Priority::default`] until [`LinkStream::set_priority`].
     pub async fn accept(&self) -> io::Result<LinkStream> {
-        let (send, receive) = self.connection.accept_bi().await?;
-        Ok(LinkStream::new(receive, send, Priority::default()))
+        loop {
+            tokio::select! {
+                stream = self.connection.accept_bi() => {
+                    let (send, receive) = stream?;
+                    return Ok(LinkStream::new(receive, send, Priority::default()));
+                }
+                // Probes: that they were acknowledged is all.
+                probe = self.connection.read_datagram() => drop(probe?),
+            }
+        }
+    }
+
+    /// Sends something that the peer acknowledges at once if it is there, also while QUIC's own
+    /// timers have backed off after a silence.
+    pub fn probe(&self) {
+        let _ = self.connection.send_datagram(Bytes::from_static(b"?"));
     }
 
     /// Whether it has ended.
@@ -315,6 +332,7 @@ fn transport(loopback: bool) -> TransportConfig {
         .max_concurrent_bidi_streams(STREAMS_MAX.into())
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .max_idle_timeout(Some(VarInt::from_u32(IDLE_TIMEOUT_MS).into()))
+        .datagram_receive_buffer_size(Some(PROBES_BUFFER))
         .enable_segmentation_offload(true);
     if loopback {
         let mut discovery = MtuDiscoveryConfig::default();
