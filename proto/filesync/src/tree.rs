@@ -86,6 +86,12 @@ impl Root {
         }
     }
 
+    /// Waits until a file's bytes are on the disk.
+    pub fn flush(&self, path: &TreePath) -> io::Result<()> {
+        let fd = read::open_file(self, path)?.0;
+        Ok(sys::fdatasync(&fd)?)
+    }
+
     /// Waits until everything written is on the disk.
     pub fn sync(&self) -> io::Result<()> {
         Ok(sys::syncfs(&self.fd)?)

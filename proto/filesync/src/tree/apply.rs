@@ -18,6 +18,9 @@ use crate::path::TreePath;
 /// Where things are made ready, at the root of the folder.
 const STAGE: &[u8] = b".tow-stage";
 
+/// Deepest nesting that is removed at once; each level holds a descriptor.
+const DEPTH_MAX: usize = 512;
+
 /// What became of a change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Outcome {
@@ -170,6 +173,12 @@ impl Stage {
         };
         let result = self.try_remove(path, expected);
         self.or_changed(path, result)
+    }
+
+    /// Removes a directory with all that is in it.
+    pub fn remove_all(&mut self, path: &TreePath) -> io::Result<()> {
+        let parent = self.root.parent(path)?;
+        remove_tree(&parent, path.name(), 0)
     }
 
     /// Moves a finished file to a path that is free, for things kept aside; parents are made.
@@ -437,6 +446,27 @@ fn open_own_directory(parent: std::os::fd::BorrowedFd<'_>, name: &[u8]) -> io::R
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(sys::openat(parent, name, flags, Mode::empty())?)
+}
+
+/// Removes a tree, following nothing; as deep as paths may be.
+fn remove_tree(parent: &OwnedFd, name: &[u8], depth: usize) -> io::Result<()> {
+    match sys::unlinkat(parent, name, AtFlags::empty()) {
+        Err(Errno::ISDIR | Errno::PERM) => {}
+        other => return Ok(other?),
+    }
+    if depth > DEPTH_MAX {
+        return Err(io::Error::other("a directory is nested too deeply to be removed"));
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = sys::openat(parent, name, flags, Mode::empty())?;
+    for item in sys::Dir::read_from(&fd)? {
+        let item = item?;
+        let inner = item.file_name().to_bytes();
+        if inner != b"." && inner != b".." {
+            remove_tree(&fd, inner, depth + 1)?;
+        }
+    }
+    Ok(sys::unlinkat(parent, name, AtFlags::REMOVEDIR)?)
 }
 
 /// Unlinks the files of a staging directory.

@@ -78,7 +78,7 @@ pub fn content_of(root: &Root, path: &TreePath) -> io::Result<Option<ContentId>>
     Ok(read.entry.content.filter(|_| !read.changed))
 }
 
-fn open_file(root: &Root, path: &TreePath) -> io::Result<(OwnedFd, Entry)> {
+pub(super) fn open_file(root: &Root, path: &TreePath) -> io::Result<(OwnedFd, Entry)> {
     let flags =
         OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     let parent = root.parent(path)?;
