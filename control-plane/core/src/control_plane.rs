@@ -76,6 +76,11 @@ pub struct ControlPlane {
     watches: Watches,
     liveness: Liveness,
     led: bool,
+    /// It leads and has applied an entry of its own term, so its state holds all that was ever
+    /// acknowledged. Before that it must not decide on it.
+    ready: bool,
+    /// Requests that came before it was.
+    early: Vec<(RequestId, Caller, Request)>,
     init_proposed: bool,
     advanced_at: u64,
     saving: Option<u64>,
@@ -147,6 +152,8 @@ impl ControlPlane {
             watches: Watches::default(),
             liveness: Liveness::default(),
             led: false,
+            ready: false,
+            early: Vec::new(),
             init_proposed: false,
             advanced_at: 0,
             saving: None,
@@ -170,7 +177,12 @@ impl ControlPlane {
                 self.halt(&halt, &mut effects);
                 break;
             }
-            if self.pending.is_empty() && self.reads.fresh.is_empty() {
+            if self.ready {
+                for (id, caller, request) in std::mem::take(&mut self.early) {
+                    self.request(id, caller, request, &mut effects);
+                }
+            }
+            if self.pending.is_empty() && self.reads.fresh.is_empty() && !self.init_due() {
                 break;
             }
         }
@@ -252,6 +264,9 @@ impl ControlPlane {
             return;
         }
         self.read_again(effects);
+        if !self.ready {
+            return;
+        }
         for set in self.liveness.transitions(&self.state, self.now.mono_ms) {
             self.pending.push((Waiter::Nobody, internal(What::SetNodeState(set))));
         }
@@ -318,9 +333,13 @@ impl ControlPlane {
         *towline_proto::ids::SandboxId::from_parts(unix_ms, self.ids.next()).as_bytes()
     }
 
+    fn init_due(&self) -> bool {
+        self.ready && self.state.cluster_id.is_empty() && !self.init_proposed
+    }
+
     /// Proposes what is pending, in as few entries as bounds allow, and asks raft about reads.
     fn flush(&mut self, effects: &mut Vec<Effect>) {
-        if self.replica.leads() && self.state.cluster_id.is_empty() && !self.init_proposed {
+        if self.init_due() {
             self.init_proposed = true;
             let name = self.config.cluster_id.clone();
             self.pending.insert(0, (Waiter::Nobody, internal(What::InitCluster(name))));
@@ -410,6 +429,9 @@ impl ControlPlane {
         for (waiter, _) in std::mem::take(&mut self.pending) {
             self.fail(waiter, &lost, effects);
         }
+        for (id, ..) in std::mem::take(&mut self.early) {
+            effects.push(Effect::Answer(id, Err(lost.clone())));
+        }
         let rounds = std::mem::take(&mut self.reads.asked);
         let fresh = std::mem::take(&mut self.reads.fresh);
         let reads = rounds.into_iter().flat_map(|round| round.reads).chain(fresh);
@@ -418,6 +440,7 @@ impl ControlPlane {
         effects.extend(self.watches.end_all(&lost));
         self.proposals = Proposals::default();
         self.init_proposed = false;
+        self.ready = false;
     }
 }
 

@@ -64,6 +64,7 @@ impl ControlPlane {
 
     fn apply(&mut self, entry: Committed, effects: &mut Vec<Effect>) -> Result<(), Halt> {
         let waiters = self.proposals.take(entry.term, entry.index);
+        self.ready = self.ready || (self.led && entry.term == self.replica.term());
         if entry.data.is_empty() {
             self.applied = entry.index;
             self.fail_all(waiters.unwrap_or_else(|stale| stale), effects);

@@ -8,7 +8,7 @@ use super::{ControlPlane, Read};
 use crate::admission::{check_key, check_spec};
 use crate::input::{Answer, Caller, Effect, Request, RequestId, Role};
 use crate::placement::place;
-use crate::proposals::{Creation, Waiter};
+use crate::proposals::{Creation, IN_FLIGHT_MAX, Waiter};
 use crate::random::fingerprint;
 use crate::refusal::Refusal;
 use crate::resources::Resources;
@@ -41,8 +41,12 @@ impl ControlPlane {
         if let Some(refusal) = self.not_leading() {
             return Err(refusal);
         }
-        if self.proposals.is_full() {
+        if self.proposals.is_full() || self.early.len() >= IN_FLIGHT_MAX {
             return Err(Refusal::unavailable("the control plane is busy: try again shortly"));
+        }
+        if !self.ready {
+            self.early.push((id, caller, request));
+            return Ok(());
         }
         match request {
             Request::CreateSandbox(request) => {
