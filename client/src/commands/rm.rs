@@ -34,7 +34,7 @@ pub(super) async fn run(args: RmArgs, env: &Env) -> Outcome {
         match env.printer.json() {
             true => env.printer.object(&json::sandbox(found))?,
             false => {
-                env.printer.answer(format!("removed {}{}", sandbox::name(found), lost(found)))?
+                env.printer.answer(format!("removed {}{}", sandbox::name(found), lost(found)))?;
             }
         }
     }

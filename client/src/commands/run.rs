@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use anyhow::Context as _;
 use clap::Args;
 use rustix::fs::{FlockOperation, flock};
+use tokio::signal::unix::{SignalKind, signal};
 use towline_proto::v1::{self, Desired};
 
 use super::exec::{check, finish, start_and_follow};
@@ -135,7 +136,7 @@ pub(super) async fn run(args: RunArgs, env: &Env) -> Outcome {
     let found = find_or_create(&cluster, &plan, env).await?;
     let ended = run_in(&cluster, &plan, env, found.clone()).await;
     if plan.remove && !plan.start.detached && !matches!(ended, Ok(Ended::Left)) {
-        super::rm::remove(&cluster, &found, env).await?;
+        remove(&cluster, &found, env).await;
     }
     let ended = ended?;
     let name = sandbox::name(&found);
@@ -146,27 +147,59 @@ pub(super) async fn run(args: RunArgs, env: &Env) -> Outcome {
     Ok(finish(env, &ended, &name))
 }
 
+/// Keeps the promise of `--rm`; the command's own end is what the exit code tells all the same.
+async fn remove(cluster: &Cluster, found: &v1::Sandbox, env: &Env) {
+    if let Err(error) = super::rm::remove(cluster, found, env).await {
+        let name = sandbox::name(found);
+        env.printer.warning(format!("could not remove sandbox {name}: {error:#}"));
+    }
+}
+
 async fn run_in(
     cluster: &Cluster,
     plan: &RunPlan,
     env: &Env,
     found: v1::Sandbox,
 ) -> anyhow::Result<Ended> {
-    let running = sandbox::ensure_running(cluster, found, &env.printer).await?;
-    let guest = Guest::of(env, cluster.clone(), &running)?;
     let folder = plan.folder.as_ref().filter(|_| plan.sync);
-    if let Some(folder) = folder {
-        sync::before(&guest, &running, folder, env).await?;
-    }
+    let prepare = async {
+        let running = sandbox::ensure_running(cluster, found, &env.printer).await?;
+        let guest = Guest::of(env, cluster.clone(), &running)?;
+        if let Some(folder) = folder {
+            sync::before(&guest, &running, folder, env).await?;
+        }
+        anyhow::Ok((running, guest))
+    };
+    let Some(prepared) = or_interrupted(prepare).await? else {
+        return Ok(Ended::Signalled(INTERRUPT));
+    };
+    let (running, guest) = prepared?;
     let io = match plan.start.detached {
         true => tty::detached(),
         false => plan.tty.io(plan.start.terminal.is_some()),
     };
     let ended = start_and_follow(&guest, ids::exec_id()?, plan.start.clone(), io).await;
     if let (Some(folder), Ok(Ended::Exited(_) | Ended::OutputClosed)) = (folder, &ended) {
-        sync::after(&guest, &running, folder, env).await?;
+        let back = sync::after(&guest, &running, folder, env);
+        let Some(back) = or_interrupted(back).await? else {
+            env.printer
+                .warning("interrupted while bringing changes back: some are only in the sandbox");
+            return Ok(Ended::Signalled(INTERRUPT));
+        };
+        back?;
     }
     ended
+}
+
+const INTERRUPT: i32 = rustix::process::Signal::INT.as_raw();
+
+/// Waits for `work`, or for Ctrl-C: `None`.
+async fn or_interrupted<T>(work: impl Future<Output = T>) -> anyhow::Result<Option<T>> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening to signals")?;
+    Ok(tokio::select! {
+        done = work => Some(done),
+        _ = interrupt.recv() => None,
+    })
 }
 
 async fn say_started(cluster: &Cluster, found: &v1::Sandbox, env: &Env) -> anyhow::Result<()> {

@@ -152,3 +152,52 @@ pub fn bytes(bytes: &[u8]) -> String {
 fn word(name: &str, prefix: &str) -> String {
     name.strip_prefix(prefix).unwrap_or(name).to_ascii_lowercase()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What programs read: a change here is a change of the contract.
+    #[test]
+    fn a_sandbox_is_printed_as_reviewed() {
+        let spec = v1::SandboxSpec {
+            name: "quick-otter".into(),
+            image: Some(v1::ImageRef {
+                source: Some(v1::image_ref::Source::Oci("debian:12".into())),
+            }),
+            shape: Some(v1::Shape {
+                cpus: 2,
+                memory_mib: 2048,
+                disk_mib: 20480,
+                processes_max: 4096,
+            }),
+            isolation: v1::Isolation::Vm.into(),
+            policy: "none".into(),
+            folder: Some(v1::Folder { path: b"/home/me/\xffp".to_vec(), device: 1, inode: 2 }),
+            ..Default::default()
+        };
+        let status = v1::ExitStatus {
+            how: Some(v1::exit_status::How::Signal(9)),
+            reason: "out of memory".into(),
+            usage: Some(v1::Usage { user_us: 1, system_us: 2, rss_max_kib: 3, wall_us: 4 }),
+        };
+        let observed = v1::Observed {
+            phase: v1::Phase::Stopped.into(),
+            driver: "qemu".into(),
+            isolation: "vm (kvm)".into(),
+            main_exit: Some(status),
+            ..Default::default()
+        };
+        let sandbox = v1::Sandbox {
+            id: SandboxId::from_parts(1, [0; 10]).to_vec(),
+            node_id: NodeId::from_parts(2, [0; 10]).to_vec(),
+            project: "default".into(),
+            owner: "me".into(),
+            desired: v1::Desired::Stopped.into(),
+            spec: Some(spec),
+            observed: Some(observed),
+            ..Default::default()
+        };
+        insta::assert_json_snapshot!(super::sandbox(&sandbox));
+    }
+}
