@@ -7,7 +7,7 @@ use std::time::Instant;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let cache = tempfile::tempdir()?;
     let home = std::env::var_os("HOME").ok_or("HOME is not set")?;
-    for _ in 0..2 {
+    for round in 0..2 {
         let start = Instant::now();
         let built = towline_images::local::build(cache.path(), "/".as_ref(), home.as_ref())?;
         println!(
@@ -17,6 +17,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             built.summary,
             std::fs::metadata(&built.path)?.len()
         );
+        if round == 1 {
+            println!("kept out: {:#?}", built.denied);
+        }
     }
     Ok(())
 }

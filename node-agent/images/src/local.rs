@@ -5,6 +5,7 @@
 //! machine, which is the same one. Content is therefore neither copied nor hashed here: a file's
 //! identity (device, inode, size, times) is checked around each read instead.
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -41,6 +42,8 @@ pub struct Built {
     pub manifest: Arc<Manifest>,
     /// What is in it and what was left out.
     pub summary: Summary,
+    /// Some of what the deny list kept out, for a user who misses a file.
+    pub denied: Vec<PathBuf>,
 }
 
 /// A local image could not be built or opened.
@@ -80,7 +83,8 @@ pub enum LocalError {
 pub fn build(cache: &Path, root: &Path, home: &Path) -> Result<Built, LocalError> {
     let home = checked_home(home)?;
     let root = open_root(root)?;
-    let (bytes, summary) = walk::walk(root.as_fd(), &home)?;
+    let walk::Walked { manifest: bytes, summary, denied } = walk::walk(root.as_fd(), &home)?;
+    let denied = denied.into_iter().map(|path| Path::new("/").join(OsStr::from_bytes(&path)));
     let folder = cache.join("images/local");
     let keep = |what, source| LocalError::Io { what, path: folder.clone(), source };
     std::fs::create_dir_all(&folder).map_err(|e| keep("make", e))?;
@@ -96,7 +100,7 @@ pub fn build(cache: &Path, root: &Path, home: &Path) -> Result<Built, LocalError
         write_whole(&folder, &path, &bytes).map_err(|e| keep("write a manifest in", e))?;
         forget_old(&folder);
     }
-    Ok(Built { id, path, manifest: Arc::new(manifest), summary })
+    Ok(Built { id, path, manifest: Arc::new(manifest), summary, denied: denied.collect() })
 }
 
 /// Opens a manifest that [`build`] wrote, for a server of a sandbox that lives on.

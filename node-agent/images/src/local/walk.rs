@@ -157,12 +157,23 @@ struct Walk<'a> {
     entries: AtomicUsize,
     not_world_readable: AtomicU64,
     denied: AtomicU64,
+    denied_paths: Mutex<Vec<Vec<u8>>>,
     other: AtomicU64,
 }
 
-/// Walks the machine under `root` and returns the manifest's bytes. `home` is relative to the
-/// root.
-pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<(Vec<u8>, Summary), WalkError> {
+/// Paths that the deny list kept out and that are remembered for the user.
+const DENIED_NAMED_MAX: usize = 200;
+
+/// What a walk found.
+pub(crate) struct Walked {
+    pub(crate) manifest: Vec<u8>,
+    pub(crate) summary: Summary,
+    /// Some of what the deny list kept out, sorted.
+    pub(crate) denied: Vec<Vec<u8>>,
+}
+
+/// Walks the machine under `root`. `home` is relative to the root.
+pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<Walked, WalkError> {
     let rules = Rules::new(home);
     let plan = Plan::new(home, &login_homes(root));
     let walk = Walk {
@@ -174,6 +185,7 @@ pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<(Vec<u8>, Summar
         entries: AtomicUsize::new(0),
         not_world_readable: AtomicU64::new(0),
         denied: AtomicU64::new(0),
+        denied_paths: Mutex::default(),
         other: AtomicU64::new(0),
     };
     let root_stat = rustix::fs::fstat(root).map_err(|error| open_error(b"/", error))?;
@@ -193,8 +205,10 @@ pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<(Vec<u8>, Summar
         other: walk.other.into_inner(),
         ..Summary::default()
     };
-    let bytes = lay_out(listings, &denied_inodes, &mut summary)?;
-    Ok((bytes, summary))
+    let mut denied = walk.denied_paths.into_inner().unwrap_or_else(PoisonError::into_inner);
+    denied.sort();
+    let manifest = lay_out(listings, &denied_inodes, &mut summary)?;
+    Ok(Walked { manifest, summary, denied })
 }
 
 impl Walk<'_> {
@@ -345,7 +359,7 @@ impl Walk<'_> {
         };
         let found = found(name, kind, stat);
         if self.rules.denies(path, kind == Kind::Folder) {
-            count(&self.denied);
+            self.deny(path);
             self.remember_denied(&found);
             return None;
         }
@@ -360,11 +374,11 @@ impl Walk<'_> {
         }
         let id = (found.identity.device, found.identity.inode);
         if kind == Kind::File && self.secret_inodes.contains(&id) {
-            count(&self.denied);
+            self.deny(path);
             return None;
         }
         if kind == Kind::File && self.rules.wants_look(path) && !self.looks_clean(path, &found) {
-            count(&self.denied);
+            self.deny(path);
             self.remember_denied(&found);
             return None;
         }
@@ -373,6 +387,14 @@ impl Walk<'_> {
             return Some(Found { target: target.into_bytes(), ..found });
         }
         Some(found)
+    }
+
+    fn deny(&self, path: &[u8]) {
+        count(&self.denied);
+        let mut paths = lock(&self.denied_paths);
+        if paths.len() < DENIED_NAMED_MAX {
+            paths.push(path.to_vec());
+        }
     }
 
     /// A denied file may have another name that no rule knows: its inode is kept out everywhere.
