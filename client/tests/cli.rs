@@ -8,23 +8,25 @@ struct Home(tempfile::TempDir);
 
 impl Home {
     fn new() -> Self {
-        Self(tempfile::Builder::new().prefix("tow-").tempdir().unwrap())
+        Self(tempfile::Builder::new().prefix("tow-").tempdir().expect("a folder"))
     }
 
     fn folder(&self, name: &str) -> std::path::PathBuf {
         let path = self.0.path().join(name);
-        std::fs::create_dir_all(&path).unwrap();
+        std::fs::create_dir_all(&path).expect("a folder");
         path
     }
 
     fn tow(&self, folder: &Path, args: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_tow"));
         command.args(args).current_dir(folder).env_clear();
-        command.env("PATH", std::env::var_os("PATH").unwrap()).env("HOME", self.folder("home"));
+        command
+            .env("PATH", std::env::var_os("PATH").expect("PATH"))
+            .env("HOME", self.folder("home"));
         for name in ["XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR"] {
             command.env(name, self.folder(name));
         }
-        command.output().unwrap()
+        command.output().expect("tow starts")
     }
 }
 

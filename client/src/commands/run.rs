@@ -134,7 +134,7 @@ pub(super) async fn run(args: RunArgs, env: &Env) -> Outcome {
     let plan = RunPlan::new(args)?;
     let cluster = Cluster::open(env, Start::Always).await?;
     let found = find_or_create(&cluster, &plan, env).await?;
-    let ended = run_in(&cluster, &plan, env, found.clone()).await;
+    let ended = Box::pin(run_in(&cluster, &plan, env, found.clone())).await;
     if plan.remove && !plan.start.detached && !matches!(ended, Ok(Ended::Left)) {
         remove(&cluster, &found, env).await;
     }

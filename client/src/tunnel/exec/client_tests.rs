@@ -100,11 +100,11 @@ proptest! {
                     None => client.on_input_end(),
                 },
                 1 => if let Some(out) = client.next_outgoing() { guest.take(out) },
-                2 | 3 => if let Some(frame) = guest.give(most) {
-                    if let Event::Output(stream, bytes) = client.on_frame(&frame).unwrap() {
-                        client.consumed(stream, bytes.len());
-                        got.extend_from_slice(&bytes);
-                    }
+                2 | 3 => if let Some(frame) = guest.give(most)
+                    && let Event::Output(stream, bytes) = client.on_frame(&frame).unwrap()
+                {
+                    client.consumed(stream, bytes.len());
+                    got.extend_from_slice(&bytes);
                 },
                 // What is on its way is lost, in either direction.
                 4 => { client.next_outgoing(); client.broken(); cut = true; }
@@ -143,7 +143,8 @@ fn a_signal_does_not_wait_behind_input() {
 
 #[test]
 fn a_guest_that_breaks_the_protocol_is_refused() {
-    let cases: [(Frame, fn(&ProtocolError) -> bool); 4] = [
+    type Expected = fn(&ProtocolError) -> bool;
+    let cases: [(Frame, Expected); 4] = [
         (Frame::data(FrameKind::Stdout, 1, b"x"), |e| matches!(e, ProtocolError::Gap { .. })),
         (Frame::raw(FrameKind::Stderr, &b"short"[..]), |e| matches!(e, ProtocolError::Frame(_))),
         (

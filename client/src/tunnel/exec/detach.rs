@@ -56,7 +56,8 @@ mod tests {
 
     #[test]
     fn the_sequence_detaches_and_everything_else_passes() {
-        let cases: [(&[&[u8]], &[u8], bool); 6] = [
+        type Typed<'a> = &'a [&'a [u8]];
+        let cases: [(Typed<'_>, &[u8], bool); 6] = [
             (&[b"abc"], b"abc", false),
             (&[b"ab\x10\x11cd"], b"ab", true),
             (&[b"\x10", b"\x11"], b"", true),
