@@ -381,6 +381,40 @@ fn homes_inside_a_served_folder_are_not_served_with_it() {
 }
 
 #[test]
+fn a_home_and_toolchains_behind_symlinks_are_found() {
+    let machine = Machine::new();
+    fs::remove_dir_all(machine.path("home")).unwrap();
+    machine.write("data/home/u/.cargo/bin/cargo", b"cargo");
+    machine.write("data/home/u/diary", SECRET.as_bytes());
+    machine.write("data/home/v/diary", SECRET.as_bytes());
+    machine.write("data/rust/toolchains/stable/bin/rustc", b"rustc");
+    machine.write("data/rust/.netrc", SECRET.as_bytes());
+    machine.write("data/opt/tool", b"tool");
+    symlink("/data/home", machine.path("home")).unwrap();
+    symlink("../../rust", machine.path("data/home/u/.rustup")).unwrap();
+    symlink("data/opt", machine.path("opt")).unwrap();
+    // Links that would take in more than they should.
+    symlink("/data/home/u", machine.path("data/home/u/.pyenv")).unwrap();
+    symlink("/", machine.path("data/home/u/.nvm")).unwrap();
+    symlink("../v", machine.path("data/home/u/go")).unwrap();
+    machine.write("etc/passwd", b"v:x:1001:1001::/home/v:/bin/sh\n");
+    symlink("circle", machine.path("data/home/u/circle")).unwrap();
+    symlink("circle", machine.path("data/home/u/.sdkman")).unwrap();
+    let guest = machine.serve();
+    assert_eq!(
+        guest.0.manifest().find(b"home").map(|i| guest.0.manifest().entry(i).unwrap().kind),
+        Some(local::manifest::Kind::Symlink)
+    );
+    assert_eq!(guest.read("data/home/u/.cargo/bin/cargo").unwrap(), b"cargo");
+    assert_eq!(guest.read("data/rust/toolchains/stable/bin/rustc").unwrap(), b"rustc");
+    assert_eq!(guest.read("data/opt/tool").unwrap(), b"tool");
+    for path in ["data/home/u/diary", "data/home/v/diary", "data/rust/.netrc"] {
+        assert_eq!(guest.find(path), Err(ENOENT), "{path}");
+    }
+    read_all(&guest);
+}
+
+#[test]
 fn a_replaced_library_gives_the_old_content_while_it_is_open() {
     let machine = Machine::new();
     let old = vec![b'o'; 300_000];

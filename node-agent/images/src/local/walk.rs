@@ -85,11 +85,9 @@ impl Plan {
             .fold(self, |plan, name| plan.children.entry(name.to_vec()).or_default())
     }
 
-    fn new(home: &[u8], others: &[Vec<u8>]) -> Plan {
+    /// Plans for a home, given without symlinks; `links` is the way to it that people type.
+    fn new(root: BorrowedFd<'_>, home: &[u8], links: &[Link]) -> Plan {
         let mut plan = Plan::default();
-        for allowed in rules::SYSTEM {
-            plan.at(allowed.path.as_bytes()).walk = true;
-        }
         for (path, mode) in rules::EMPTY_FOLDERS {
             plan.at(path.as_bytes()).made = Some(Made::Folder(*mode));
         }
@@ -100,20 +98,81 @@ impl Plan {
             plan.at(path.as_bytes()).made = Some(Made::Symlink(target.as_bytes().to_vec()));
         }
         // Homes may lie inside an allowed folder: nothing of them is served by that.
-        for other in others {
-            let at = plan.at(other);
-            if !at.walk {
-                at.made.get_or_insert(Made::Folder(0o755));
-            }
+        for other in login_homes(root) {
+            let (other, _) = follow(root, &other);
+            plan.at(&other).made.get_or_insert(Made::Folder(0o755));
         }
-        let at = plan.at(home);
-        at.made = Some(Made::FolderLike);
-        at.walk = false;
+        plan.at(home).made = Some(Made::FolderLike);
+        plan.keep_links(links);
+        for allowed in rules::SYSTEM {
+            plan.allow(root, allowed.path.as_bytes(), home);
+        }
         for allowed in rules::HOME {
-            plan.at(&rules::join(home, allowed.path.as_bytes())).walk = true;
+            plan.allow(root, &rules::join(home, allowed.path.as_bytes()), home);
         }
         plan
     }
+
+    /// Takes a folder in, and where it is a symlink, what it leads to: a toolchain may live on
+    /// another disk. A link to the home or what holds it takes nothing in.
+    fn allow(&mut self, root: BorrowedFd<'_>, path: &[u8], home: &[u8]) {
+        let (real, links) = follow(root, path);
+        self.at(path).walk = true;
+        if real == path || real == home || rules::is_under(home, &real) {
+            return;
+        }
+        self.keep_links(&links);
+        let at = self.at(&real);
+        at.walk = at.made.is_none();
+    }
+
+    fn keep_links(&mut self, links: &[Link]) {
+        for (path, target) in links {
+            let at = self.at(path);
+            if !at.walk {
+                at.made = Some(Made::Symlink(target.clone()));
+            }
+        }
+    }
+}
+
+/// A symlink on the way to something: where it is, and where it leads.
+type Link = (Vec<u8>, Vec<u8>);
+
+/// Follows a path through the machine's symlinks, beneath the root. What does not exist is taken
+/// as it is written.
+fn follow(root: BorrowedFd<'_>, path: &[u8]) -> (Vec<u8>, Vec<Link>) {
+    /// As Linux bounds it.
+    const HOPS_MAX: usize = 40;
+    let split = |path: &[u8]| -> Vec<Vec<u8>> {
+        path.rsplit(|b| *b == b'/').filter(|name| !name.is_empty()).map(<[u8]>::to_vec).collect()
+    };
+    let mut at = Vec::new();
+    let mut links = Vec::new();
+    let mut waiting = split(path);
+    while let Some(name) = waiting.pop() {
+        match &*name {
+            b"." => continue,
+            b".." => {
+                at.truncate(at.iter().rposition(|b| *b == b'/').unwrap_or(0));
+                continue;
+            }
+            _ => {}
+        }
+        let next = rules::join(&at, &name);
+        match rustix::fs::readlinkat(root, &*next, Vec::new()) {
+            Ok(target) if links.len() < HOPS_MAX => {
+                let target = target.into_bytes();
+                if target.starts_with(b"/") {
+                    at.clear();
+                }
+                waiting.extend(split(&target));
+                links.push((next, target));
+            }
+            _ => at = next,
+        }
+    }
+    (at, links)
 }
 
 struct Job<'p> {
@@ -174,8 +233,10 @@ pub(crate) struct Walked {
 
 /// Walks the machine under `root`. `home` is relative to the root.
 pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<Walked, WalkError> {
+    let (home, links) = follow(root, home);
+    let home = &*home;
     let rules = Rules::new(home);
-    let plan = Plan::new(home, &login_homes(root));
+    let plan = Plan::new(root, home, &links);
     let walk = Walk {
         root,
         rules: &rules,
