@@ -22,17 +22,31 @@ pub fn current() -> anyhow::Result<v1::User> {
         Failure::new(format!("the user database does not know uid {uid}"))
             .hint("run `tow` as a user that `getent passwd` lists, or use an image with --image")
     })?;
+    let home = home_of_environment().map(|home| home.into_os_string().into_vec());
     Ok(v1::User {
         gid: getgid().as_raw(),
         groups: getgroups()?.into_iter().map(rustix::process::Gid::as_raw).collect(),
+        home: home.unwrap_or(record.home),
         ..record
     })
 }
 
+fn home_of_environment() -> Option<PathBuf> {
+    env_vars::get(env_vars::HOME).map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
+/// Reads `--user`: `root`, or `UID[:GID]`; the guest knows what belongs to a number.
+pub fn parse_typed(text: &str) -> Result<v1::User, String> {
+    let wrong = || format!("`{text}` is not a user: write root, or a number as UID[:GID]");
+    let (uid, gid) = text.split_once(':').unwrap_or((text, ""));
+    let uid: u32 = if uid == "root" { 0 } else { uid.parse().map_err(|_| wrong())? };
+    let gid = if gid.is_empty() { uid } else { gid.parse().map_err(|_| wrong())? };
+    Ok(v1::User { uid, gid, ..Default::default() })
+}
+
 /// Returns the home directory: `HOME`, else the user database's.
 pub fn home() -> Option<PathBuf> {
-    let from_env = env_vars::get(env_vars::HOME).map(PathBuf::from).filter(|p| p.is_absolute());
-    from_env.or_else(|| Some(PathBuf::from(OsString::from_vec(current().ok()?.home))))
+    home_of_environment().or_else(|| Some(PathBuf::from(OsString::from_vec(current().ok()?.home))))
 }
 
 /// Returns our name as an identity may hold it.
@@ -93,6 +107,15 @@ mod tests {
         assert_eq!((me.name.as_str(), me.gid), ("me", 100));
         assert_eq!((&me.home[..], &me.shell[..]), (&b"/home/me"[..], &b"/bin/sh"[..]));
         assert!(parse(text, 7).is_none());
+    }
+
+    #[test]
+    fn typed_users_are_root_or_numbers() {
+        assert_eq!(parse_typed("root").map(|user| (user.uid, user.gid)), Ok((0, 0)));
+        assert_eq!(parse_typed("1000:7").map(|user| (user.uid, user.gid)), Ok((1000, 7)));
+        assert!(
+            parse_typed("me").is_err() && parse_typed("").is_err() && parse_typed("1:x").is_err()
+        );
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::spec::{self, EnvArgs};
 use crate::tunnel::exec::{self, Ended, ExecClient, How, Io};
 use crate::tunnel::guest::Guest;
 use crate::tunnel::tty::{self, TtyArgs};
-use crate::{ids, output::human};
+use crate::{ids, output::human, user};
 
 /// Arguments of `tow exec`.
 #[derive(Debug, Args)]
@@ -25,6 +25,9 @@ pub struct ExecArgs {
     /// Environment flags.
     #[command(flatten)]
     pub env: EnvArgs,
+    /// User to run as, instead of the sandbox's: root, or UID[:GID]
+    #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
+    pub user: Option<v1::User>,
     /// Working directory in the sandbox
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<OsString>,
@@ -50,7 +53,7 @@ pub(super) async fn run(args: ExecArgs, env: &Env) -> Outcome {
         argv: spec::argv(args.command),
         env: args.env.collect()?,
         cwd: args.workdir.map(OsString::into_vec).unwrap_or_default(),
-        user: None,
+        user: args.user,
         terminal,
         detached: args.detach,
         main: false,

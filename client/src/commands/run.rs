@@ -44,6 +44,9 @@ pub struct RunArgs {
     /// Make a new sandbox and remove it afterwards
     #[arg(long)]
     pub rm: bool,
+    /// User to run as, instead of the sandbox's: root, or UID[:GID]
+    #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
+    pub user: Option<v1::User>,
     /// Working directory in the sandbox
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<OsString>,
@@ -93,7 +96,7 @@ impl RunPlan {
             argv: spec::argv(args.command),
             env,
             cwd: workdir(args.workdir, folder.as_ref(), cwd),
-            user: None,
+            user: args.user,
             terminal: if args.detach { None } else { args.tty.terminal() },
             detached: args.detach,
             main: true,

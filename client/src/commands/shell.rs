@@ -23,6 +23,9 @@ pub struct ShellArgs {
     /// Environment flags.
     #[command(flatten)]
     pub env: EnvArgs,
+    /// User to run as, instead of the sandbox's: root, or UID[:GID]
+    #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
+    pub user: Option<v1::User>,
     /// Name or id of the sandbox; this folder's when there is none
     #[arg(value_name = "NAME")]
     pub name: Option<String>,
@@ -40,6 +43,7 @@ pub(super) async fn run(args: ShellArgs, env: &Env) -> Outcome {
         argv: shell(&found),
         env: args.env.collect()?,
         terminal,
+        user: args.user,
         ..Default::default()
     };
     let io = args.tty.io(start.terminal.is_some());

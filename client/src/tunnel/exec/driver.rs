@@ -4,7 +4,6 @@
 //! [`RESUME_MAX`], then the command is left running and the user told so. Nothing in here waits
 //! for our own output while the guest could be heard, or the other way round.
 
-use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -134,10 +133,9 @@ pub async fn run(dialer: &impl Dialer, client: ExecClient, io: Io) -> anyhow::Re
     let mut told = false;
     loop {
         let began = Instant::now();
-        let stop = match dial(dialer, &session.client, deadline).await {
+        let stop = match session.dial(dialer, deadline).await {
             Ok(wire) => session.pump(wire).await,
-            Err(error) if error.retry => Stop::Broken(error.error),
-            Err(error) => Stop::Failed(error.error),
+            Err(stop) => stop,
         };
         session.client.broken();
         let why = match stop {
@@ -167,19 +165,6 @@ pub async fn run(dialer: &impl Dialer, client: ExecClient, io: Io) -> anyhow::Re
     }
 }
 
-async fn dial(
-    dialer: &impl Dialer,
-    client: &ExecClient,
-    deadline: Instant,
-) -> Result<Wire, DialError> {
-    let bound = OPEN_MAX.min(deadline.saturating_duration_since(Instant::now()) + PAUSES.1);
-    tokio::time::timeout(bound, dialer.dial(client.open())).await.unwrap_or_else(|_| {
-        let error = Failure::new("the sandbox's node did not answer")
-            .hint("`tow status` says how the cluster is");
-        Err(DialError { error: error.into(), retry: true })
-    })
-}
-
 fn gave_up(why: anyhow::Error) -> anyhow::Error {
     Failure::new(format!(
         "lost the link to the sandbox and could not take it up again in {} s; the command goes on",
@@ -203,6 +188,8 @@ struct Session {
     closed: [bool; 2],
     deaf_since: Option<Instant>,
     live_at: Option<Instant>,
+    /// A signal came while there was no stream.
+    signalled: bool,
 }
 
 impl Session {
@@ -220,6 +207,7 @@ impl Session {
             closed: [false; 2],
             deaf_since: None,
             live_at: None,
+            signalled: false,
             io,
         })
     }
@@ -228,11 +216,46 @@ impl Session {
         self.live_at.is_some_and(|at| at >= since)
     }
 
+    /// Opens a stream, within a bound.
+    async fn dial(&mut self, dialer: &impl Dialer, deadline: Instant) -> Result<Wire, Stop> {
+        let left = deadline.saturating_duration_since(Instant::now()) + PAUSES.1;
+        let dialing = tokio::time::timeout(OPEN_MAX.min(left), dialer.dial(self.client.open()));
+        let mut dialing = std::pin::pin!(dialing);
+        loop {
+            tokio::select! {
+                dialed = &mut dialing => return match dialed {
+                    Ok(Ok(wire)) => Ok(wire),
+                    Ok(Err(error)) if error.retry => Err(Stop::Broken(error.error)),
+                    Ok(Err(error)) => Err(Stop::Failed(error.error)),
+                    Err(_) => Err(Stop::Broken(
+                        Failure::new("the sandbox's node did not answer")
+                            .hint("`tow status` says how the cluster is")
+                            .into(),
+                    )),
+                },
+                received = self.signals.next() => if let Some(ended) = self.while_away(received) {
+                    return Err(Stop::Ended(ended));
+                },
+            }
+        }
+    }
+
+    /// A signal while there is no stream: the command gets it as soon as it can be reached; a
+    /// second one means that the user has had enough.
+    fn while_away(&mut self, received: Received) -> Option<Ended> {
+        let Received::Signal(signal) = received else { return None };
+        if !self.io.forward_signals || std::mem::replace(&mut self.signalled, true) {
+            return Some(Ended::Signalled(signal));
+        }
+        self.client.signal(signal);
+        None
+    }
+
     /// Uses one stream for as long as it lasts.
     async fn pump(&mut self, wire: Wire) -> Stop {
         let Wire { mut reader, writer } = wire;
         let (send, queue) = mpsc::channel(SEND_QUEUE);
-        let mut writing = pin!(write_all(writer, queue));
+        let mut writing = std::pin::pin!(write_all(writer, queue));
         let mut writer_failed = false;
         let stop = loop {
             let deaf_for = self.deaf_since.map(|since| since + DEAF_MAX);
@@ -282,14 +305,16 @@ impl Session {
         }
     }
 
-    /// Waits before the next attempt; a signal in this time means that the user has had enough.
+    /// Waits before the next attempt.
     async fn wait(&mut self, pause: Duration) -> Option<Ended> {
-        tokio::select! {
-            () = sleep(pause) => None,
-            received = self.signals.next() => match received {
-                Received::Signal(signal) => Some(Ended::Signalled(signal)),
-                Received::Resized | Received::Continued => None,
-            },
+        let mut pausing = std::pin::pin!(sleep(pause));
+        loop {
+            tokio::select! {
+                () = &mut pausing => return None,
+                received = self.signals.next() => if let Some(ended) = self.while_away(received) {
+                    return Some(ended);
+                },
+            }
         }
     }
 
@@ -313,6 +338,7 @@ impl Session {
 
     fn on_started(&mut self, started: &v1::ExecStarted) -> Option<Stop> {
         let first = self.live_at.replace(Instant::now()).is_none();
+        self.signalled = false;
         if self.io.only_start {
             return Some(Stop::Ended(Ended::Left));
         }
