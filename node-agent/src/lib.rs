@@ -1,7 +1,208 @@
 //! The node agent: runs sandboxes as microVMs and splices clients' streams to guests.
+//!
+//! ```text
+//!   control plane ⇄ uplink ─┐                      ┌─▶ machine ─▶ images, disks, hypervisor
+//!                           ├─▶ driver (the core) ─┤
+//!   guests ⇄ attendants ────┘                      └─▶ gates
+//!                                                        ▲
+//!   laptops ⇄ tunnel ─────────────────────────── asks ───┘      tunnel ⇄ guests: bytes only
+//! ```
+//! [`start`] puts it together. It is crash-only: it may be killed at any moment, VMs live on, and
+//! the next one takes them up again.
 
+pub mod capacity;
+pub mod config;
 pub mod disks;
+pub mod driver;
+pub mod gates;
+pub mod guest_configure;
 pub mod guest_link;
+pub mod guests;
 pub mod hypervisor;
+mod image_import;
+pub mod images;
 pub mod initramfs;
 pub mod kernel;
+mod local_image;
+pub mod machine;
+pub mod membership;
+pub mod store;
+mod streams;
+pub mod tunnel;
+pub mod uplink;
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Context;
+use tokio::sync::{mpsc, watch};
+use towline_link::endpoint::LinkServer;
+use towline_node_core::NodeAgent;
+use towline_proto::v1::{Driver as DriverInfo, Isolation, RegisterNode};
+
+use config::Config;
+use driver::{Driver, INPUTS_MAX, Parts};
+use gates::Gates;
+use guests::Guests;
+use hypervisor::Hypervisor;
+use hypervisor::qemu::{Qemu, QemuConfig};
+use images::Images;
+use machine::Machine;
+use membership::Membership;
+use store::Store;
+use tunnel::Tunnel;
+use uplink::Uplink;
+
+/// An error and its causes on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+/// Fetches and makes ahead what the first start of a VM needs: the guest kernel, the initramfs.
+/// Blocks, for minutes when it must download.
+pub fn prepare(config: &Config) -> anyhow::Result<QemuConfig> {
+    let progress = |text: &str| tracing::info!("{text}");
+    let kernel =
+        kernel::ensure(&config.cache_dir, &progress).context("getting the guest kernel")?;
+    let initramfs = initramfs::ensure(&config.cache_dir, &kernel, &config.guest_agent)
+        .context("making the guest's initramfs")?;
+    let (cache_dir, accel) = (config.cache_dir.clone(), config.accel);
+    Ok(QemuConfig { cache_dir, kernel, initramfs, accel })
+}
+
+/// Runs a node agent with the drivers of this machine until `stop` is ready. VMs live on.
+pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let store = Arc::new(Store::open(&config.data_dir)?);
+    let wanted = config.clone();
+    let qemu = tokio::task::spawn_blocking(move || prepare(&wanted)).await??;
+    let hypervisor = Qemu::new(qemu).await.context("looking for a hypervisor")?;
+    let capabilities = hypervisor.capabilities();
+    let (accel, reason) = (capabilities.accel.as_str(), &capabilities.accel_reason);
+    tracing::info!(driver = capabilities.driver, accel, reason, "hypervisor ready");
+    for missing in &capabilities.missing {
+        tracing::warn!(missing, "a limit is missing on this machine");
+    }
+    run(config, store, Arc::new(hypervisor), Path::new("/"), stop).await
+}
+
+/// Runs a node agent on the given store and hypervisor; local images are images of `root`.
+pub async fn run(
+    config: Config,
+    store: Arc<Store>,
+    hypervisor: Arc<dyn Hypervisor>,
+    root: &Path,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
+    let capacity = capacity::capacity(&config).context("measuring this machine")?;
+    let images = Images::open(&config.cache_dir, root, config.embedded)?;
+    let (images, gates, guests) = (Arc::new(images), Arc::default(), Arc::new(Guests::default()));
+    let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
+    let tunnel = Tunnel::new(Arc::clone(&gates), Arc::clone(&guests), Arc::clone(&images));
+    let machine = Arc::new(Machine {
+        store: Arc::clone(&store),
+        images,
+        hypervisor: Arc::clone(&hypervisor),
+        guests,
+        inputs: inputs.clone(),
+        cache_dir: config.cache_dir.clone(),
+        console: config.guest_console,
+        vms: Mutex::default(),
+    });
+    let (reports, outgoing) = uplink::channel();
+    let (registered, on_registered) = watch::channel(None);
+    let core = NodeAgent::new(capacity);
+    let driver = Driver::new(Parts {
+        core,
+        machine,
+        gates: Arc::<Gates>::clone(&gates),
+        tunnel: Arc::clone(&tunnel),
+        reports,
+        registered: on_registered,
+    });
+
+    // What runs is taken up at once; the control plane and laptops follow when they can.
+    let outside = async {
+        let membership = Membership::obtain(&config).await?;
+        let server = Arc::new(bind(&config, &store, &membership)?);
+        let endpoint = advertised(&config, server.local_addr()?);
+        tracing::info!(endpoint, "link listens");
+        let register = watch::Sender::new(RegisterNode {
+            name: config.name.clone(),
+            boot_id: capacity::boot_id(),
+            capacity: Some(capacity),
+            link_endpoint: endpoint,
+            drivers: vec![driver_info(hypervisor.as_ref())],
+            embedded: config.embedded,
+            version: env!("CARGO_PKG_VERSION").into(),
+        });
+        let renewal = membership.clone().renew_forever(config.control_plane.clone());
+        let uplink = Uplink {
+            membership,
+            endpoints: config.control_plane.clone(),
+            register: register.subscribe(),
+            inputs,
+            registered,
+        };
+        tokio::select! {
+            () = uplink.run(outgoing) => {}
+            () = tunnel.serve(Arc::clone(&server)) => {}
+            () = renewal => {}
+        }
+        anyhow::Ok(())
+    };
+    tokio::select! {
+        result = driver.run(waiting, stop) => result,
+        result = outside => result.context("taking part in the cluster"),
+    }
+}
+
+/// Listens where laptops may know this node from before.
+fn bind(config: &Config, store: &Store, membership: &Membership) -> anyhow::Result<LinkServer> {
+    let mut address = config.link_listen;
+    let wants_any = address.port() == 0;
+    if wants_any && let Some(port) = store.link_port() {
+        address.set_port(port);
+    }
+    let bind = |address| LinkServer::bind(address, &membership.store, &membership.ca);
+    let server = match bind(address) {
+        Err(_) if wants_any && address.port() != 0 => bind(config.link_listen),
+        result => result,
+    }?;
+    if wants_any && let Err(error) = store.set_link_port(server.local_addr()?.port()) {
+        tracing::warn!(reason = chain(&error), "link port not kept");
+    }
+    Ok(server)
+}
+
+fn advertised(config: &Config, listening: SocketAddr) -> String {
+    let port = listening.port();
+    match &config.link_advertise {
+        Some(endpoint) if endpoint.contains(':') => endpoint.clone(),
+        Some(host) => format!("{host}:{port}"),
+        None if listening.ip().is_unspecified() => {
+            let name = rustix::system::uname();
+            format!("{}:{port}", name.nodename().to_string_lossy())
+        }
+        None => listening.to_string(),
+    }
+}
+
+fn driver_info(hypervisor: &dyn Hypervisor) -> DriverInfo {
+    let capabilities = hypervisor.capabilities();
+    DriverInfo {
+        name: capabilities.driver.into(),
+        isolation: Isolation::Vm.into(),
+        snapshot: capabilities.snapshot,
+        hotplug: capabilities.hotplug,
+        gpu: capabilities.gpu,
+        accel: capabilities.accel.as_str().into(),
+    }
+}

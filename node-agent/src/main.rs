@@ -1,2 +1,80 @@
-//! Placeholder until the first function lands.
-fn main() {}
+//! `towline-node-agent --config F [prepare]`: arguments, signals, exit code. All else is in the
+//! library.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+use towline_link::telemetry;
+use towline_node_agent::config::Config;
+use towline_node_agent::{prepare, start};
+
+/// Runs sandboxes as microVMs on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "towline-node-agent", version)]
+struct Arguments {
+    /// Configuration file (TOML)
+    #[arg(long, value_name = "FILE", global = true)]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    verb: Option<Verb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Fetch the guest kernel ahead and make the initramfs, then exit
+    Prepare,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("starting the runtime")
+        .and_then(|runtime| {
+            let result = runtime.block_on(run(arguments));
+            // Blocking work (an import, a copy) may go on for long, and may be cut off anywhere.
+            runtime.shutdown_background();
+            result
+        });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            report(&error);
+            ExitCode::FAILURE
+        }
+    }
+}
+
+#[expect(clippy::print_stderr, reason = "the one place that says why the process ends")]
+fn report(error: &anyhow::Error) {
+    eprintln!("error: {error:#}");
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let telemetry = telemetry::init("towline-node-agent");
+    let path = arguments.config.context("--config FILE is missing")?;
+    let config = Config::load(&path)?;
+    let result = match arguments.verb {
+        Some(Verb::Prepare) => {
+            tokio::task::spawn_blocking(move || prepare(&config).map(|_| ())).await?
+        }
+        None => {
+            let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+            let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+            let stop = async {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+                tracing::info!("stopping; sandboxes go on");
+            };
+            start(config, stop).await
+        }
+    };
+    tokio::task::spawn_blocking(move || telemetry.shutdown()).await?;
+    result
+}

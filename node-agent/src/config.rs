@@ -1,0 +1,249 @@
+//! The node agent's configuration: one TOML file, checked whole before anything is done.
+//!
+//! An unknown key is an error that names the nearest known one, so that a typing mistake never
+//! becomes a default.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use towline_link::identity::check_name;
+
+use crate::hypervisor::qemu::AccelChoice;
+
+/// Names the static guest agent when the file does not.
+pub const GUEST_AGENT_VARIABLE: &str = "TOWLINE_GUEST_AGENT";
+/// The static guest agent's file beside this program.
+const GUEST_AGENT_FILE: &str = "towline-guest-agent-static";
+
+const KEYS: &[&str] = &[
+    "name",
+    "data_dir",
+    "cache_dir",
+    "control_plane",
+    "token_file",
+    "link_listen",
+    "link_advertise",
+    "embedded",
+    "guest_agent",
+    "memory_mib",
+    "cpus",
+    "disk_mib",
+    "accel",
+    "guest_console",
+];
+
+/// Says why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("could not read `{path}`")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is not TOML, or a value has the wrong type.
+    #[error("`{path}` cannot be used: {reason}")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A key that means nothing.
+    #[error("`{path}` has the unknown key `{key}`; did you mean `{nearest}`?")]
+    UnknownKey {
+        /// Which file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// The known key that is most like it.
+        nearest: &'static str,
+    },
+    /// A value that makes no sense.
+    #[error("`{path}`: {reason}")]
+    Value {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with which.
+        reason: String,
+    },
+}
+
+/// What the file says, checked.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The node's name, as in its certificate.
+    pub name: String,
+    /// Sandboxes, identity and lock.
+    pub data_dir: PathBuf,
+    /// Kernels, initramfs, layers, disk templates: all of it can be made again.
+    pub cache_dir: PathBuf,
+    /// `host:port` of members.
+    pub control_plane: Vec<String>,
+    /// Where a join token lies, for when there is no valid certificate.
+    pub token_file: Option<PathBuf>,
+    /// Where laptops reach this node by QUIC.
+    pub link_listen: SocketAddr,
+    /// What laptops are told instead of that, `host:port` or `host` (with the port listened on).
+    pub link_advertise: Option<String>,
+    /// It shares the laptop's machine.
+    pub embedded: bool,
+    /// The static guest agent.
+    pub guest_agent: PathBuf,
+    /// Memory for sandboxes, instead of a share of the machine's.
+    pub memory_mib: Option<u64>,
+    /// CPUs to promise, instead of the machine's times the oversubscription.
+    pub cpus: Option<u32>,
+    /// Disk to promise, instead of what is free.
+    pub disk_mib: Option<u64>,
+    /// KVM or emulation.
+    pub accel: AccelChoice,
+    /// Keeps each guest's console in a file, for debugging.
+    pub guest_console: bool,
+}
+
+#[derive(Deserialize)]
+struct File {
+    name: Option<String>,
+    data_dir: Option<PathBuf>,
+    cache_dir: Option<PathBuf>,
+    #[serde(default)]
+    control_plane: Vec<String>,
+    token_file: Option<PathBuf>,
+    link_listen: Option<String>,
+    link_advertise: Option<String>,
+    #[serde(default)]
+    embedded: bool,
+    guest_agent: Option<PathBuf>,
+    memory_mib: Option<u64>,
+    cpus: Option<u32>,
+    disk_mib: Option<u64>,
+    accel: Option<String>,
+    #[serde(default)]
+    guest_console: bool,
+}
+
+impl Config {
+    /// Reads and checks the file.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let parse = |reason: String| ConfigError::Parse { path: path.into(), reason };
+        let value = |reason: String| ConfigError::Value { path: path.into(), reason };
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| parse(e.to_string()))?;
+        if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            let (path, key, nearest) = (path.into(), key.clone(), nearest(key));
+            return Err(ConfigError::UnknownKey { path, key, nearest });
+        }
+        let file: File = table.try_into().map_err(|e: toml::de::Error| parse(e.to_string()))?;
+        let missing = |key: &str| value(format!("`{key}` is missing"));
+        let name = file.name.ok_or_else(|| missing("name"))?;
+        check_name(&name).map_err(|error| value(error.to_string()))?;
+        if file.control_plane.is_empty() {
+            return Err(value("`control_plane` must name at least one member as host:port".into()));
+        }
+        let listen = file.link_listen.as_deref().unwrap_or("127.0.0.1:0");
+        Ok(Self {
+            name,
+            data_dir: file.data_dir.ok_or_else(|| missing("data_dir"))?,
+            cache_dir: file.cache_dir.or_else(default_cache).ok_or_else(|| missing("cache_dir"))?,
+            control_plane: file.control_plane,
+            token_file: file.token_file,
+            link_listen: listen.parse().map_err(|_| {
+                value(format!("`link_listen` is `{listen}`; an address and port is expected"))
+            })?,
+            link_advertise: file.link_advertise,
+            embedded: file.embedded,
+            guest_agent: file.guest_agent.unwrap_or_else(default_guest_agent),
+            memory_mib: file.memory_mib,
+            cpus: file.cpus,
+            disk_mib: file.disk_mib,
+            accel: match file.accel.as_deref() {
+                None | Some("auto") => AccelChoice::Auto,
+                Some("kvm") => AccelChoice::Kvm,
+                Some("tcg") => AccelChoice::Tcg,
+                Some(other) => {
+                    return Err(value(format!(
+                        "`accel` is `{other}`; auto, kvm or tcg is expected"
+                    )));
+                }
+            },
+            guest_console: file.guest_console,
+        })
+    }
+}
+
+fn default_cache() -> Option<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME").filter(|dir| !dir.is_empty());
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
+    Some(cache.map(PathBuf::from).or_else(home)?.join("towline"))
+}
+
+fn default_guest_agent() -> PathBuf {
+    if let Some(path) = std::env::var_os(GUEST_AGENT_VARIABLE).filter(|path| !path.is_empty()) {
+        return path.into();
+    }
+    let program = std::env::current_exe().unwrap_or_default();
+    program.with_file_name(GUEST_AGENT_FILE)
+}
+
+fn nearest(key: &str) -> &'static str {
+    KEYS.iter().min_by_key(|known| distance(key, known)).expect("there are keys")
+}
+
+/// Edits that make one text of the other.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, from) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, to) in b.bytes().enumerate() {
+            let replaced = diagonal + usize::from(from != to);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        name = "embedded"
+        data_dir = "/d"
+        cache_dir = "/c"
+        control_plane = ["127.0.0.1:1"]
+    "#;
+
+    fn error(more: &str) -> String {
+        Config::parse(Path::new("f"), &format!("{GOOD}{more}")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_left_out_has_a_default() {
+        let config = Config::parse(Path::new("f"), GOOD).unwrap();
+        assert_eq!(config.link_listen.to_string(), "127.0.0.1:0");
+        assert_eq!(config.accel, AccelChoice::Auto);
+        assert!(!config.embedded);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        assert!(error("memry_mib = 1").contains("did you mean `memory_mib`?"));
+        assert!(error("accel = \"xen\"").contains("auto, kvm or tcg"));
+        assert!(error("link_listen = \"here\"").contains("`link_listen` is `here`"));
+        assert!(error("cpus = \"two\"").contains("cpus"));
+        let error = Config::parse(Path::new("f"), "data_dir = \"/d\"").unwrap_err();
+        assert!(error.to_string().contains("`name` is missing"));
+    }
+}

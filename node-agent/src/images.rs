@@ -1,0 +1,159 @@
+//! From a sandbox's image reference to layer disks and settings, or to a server of the laptop's own
+//! system.
+//!
+//! Blocking, and safe to repeat: what is there is used. A sandbox keeps the local image that it was
+//! made with, whatever happens to the machine's files or the cache.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use towline_images::local::{self, Manifest};
+use towline_images::{Digest, ImageConfig, ImageError, Store, prepare};
+use towline_node_core::{Assignment, Failure};
+use towline_proto::v1::image_ref::Source;
+
+use crate::store::SandboxDir;
+
+/// A sandbox's image, ready.
+#[derive(Debug)]
+pub struct Image {
+    /// Manifest digest, or the local image's id.
+    pub digest: String,
+    /// Squashfs files, the lowest first; empty for a local image.
+    pub layers: Vec<PathBuf>,
+    /// How its programs are started.
+    pub config: ImageConfig,
+    /// Serves it, if it is a local one.
+    pub local: Option<Arc<local::Server>>,
+}
+
+/// The images of this node.
+#[derive(Debug)]
+pub struct Images {
+    store: Store,
+    cache: PathBuf,
+    /// What local images are images of: `/`, but in tests.
+    root: PathBuf,
+    embedded: bool,
+    /// Manifests in use: sandboxes of one image share one.
+    manifests: Mutex<BTreeMap<String, Weak<Manifest>>>,
+}
+
+impl Images {
+    /// Opens the store in the cache.
+    pub fn open(cache: &Path, root: &Path, embedded: bool) -> Result<Self, ImageError> {
+        let manifests = Mutex::default();
+        let (cache, root) = (cache.to_owned(), root.to_owned());
+        Ok(Self { store: Store::open(&cache)?, cache, root, embedded, manifests })
+    }
+
+    /// The store, for imports.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Makes the image of a sandbox ready. `progress` is told what it does.
+    pub fn prepare(
+        &self,
+        assignment: &Assignment,
+        dir: &SandboxDir,
+        progress: &mut dyn FnMut(String),
+    ) -> Result<Image, Failure> {
+        match assignment.spec.image.as_ref().and_then(|image| image.source.as_ref()) {
+            Some(Source::Oci(name)) => self.prepare_oci(name, &assignment.image_digest, progress),
+            Some(Source::Local(image)) => {
+                let home = Path::new(std::ffi::OsStr::from_bytes(&image.home));
+                self.prepare_local(home, dir, progress)
+            }
+            None => Err(lasting("the control plane sent a sandbox without an image".into())),
+        }
+    }
+
+    fn prepare_oci(
+        &self,
+        name: &str,
+        digest: &str,
+        progress: &mut dyn FnMut(String),
+    ) -> Result<Image, Failure> {
+        let text = if digest.is_empty() { name } else { digest };
+        let digest: Digest = text.parse().map_err(|_| {
+            lasting(format!(
+                "the image `{name}` has no digest here: import it with `tow image import`"
+            ))
+        })?;
+        let mut told = |step: towline_images::Progress| progress(format!("image: {}", step.stage));
+        let prepared = prepare(&self.store, &digest, &mut told).map_err(|error| {
+            let transient = matches!(error, ImageError::Io { .. });
+            Failure { reason: crate::chain(&error), transient }
+        })?;
+        let digest = prepared.digest.to_string();
+        Ok(Image { digest, layers: prepared.layers, config: prepared.config, local: None })
+    }
+
+    fn prepare_local(
+        &self,
+        home: &Path,
+        dir: &SandboxDir,
+        progress: &mut dyn FnMut(String),
+    ) -> Result<Image, Failure> {
+        if !self.embedded {
+            let reason = "`--image local` needs a node on the same machine; name an image instead";
+            return Err(lasting(reason.into()));
+        }
+        let failed = |error: local::LocalError| lasting(crate::chain(&error));
+        let kept = dir.local_manifest();
+        let manifest = if kept.exists() {
+            local::open(&kept).map_err(failed)?
+        } else {
+            progress("looking at this machine's own system".into());
+            let built = local::build(&self.cache, &self.root, home).map_err(failed)?;
+            keep(&built.path, &kept).map_err(|error| Failure {
+                reason: format!("could not keep the local image's manifest: {error}"),
+                transient: error.kind() == io::ErrorKind::NotFound,
+            })?;
+            built.manifest
+        };
+        let manifest = self.shared(manifest);
+        let digest = manifest.digest().to_string();
+        let server = local::serve(manifest, &self.root).map_err(failed)?;
+        let config = ImageConfig::default();
+        Ok(Image { digest, layers: Vec::new(), config, local: Some(Arc::new(server)) })
+    }
+
+    /// The manifest that others use already, if it is the same.
+    fn shared(&self, manifest: Arc<Manifest>) -> Arc<Manifest> {
+        let mut manifests = self.manifests.lock().unwrap_or_else(PoisonError::into_inner);
+        manifests.retain(|_, used| used.strong_count() > 0);
+        let entry = manifests.entry(manifest.digest().to_string()).or_default();
+        match entry.upgrade() {
+            Some(used) => used,
+            None => {
+                *entry = Arc::downgrade(&manifest);
+                manifest
+            }
+        }
+    }
+}
+
+/// Links a file of the cache, or copies it where the cache is another file system.
+fn keep(from: &Path, to: &Path) -> io::Result<()> {
+    match fs::hard_link(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::CrossesDevices => {
+            let new = to.with_extension("new");
+            fs::copy(from, &new)?;
+            fs::File::open(&new)?.sync_all()?;
+            fs::rename(&new, to)
+        }
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        result => result,
+    }
+}
+
+/// A failure that trying again does not mend.
+pub(crate) fn lasting(reason: String) -> Failure {
+    Failure { reason, transient: false }
+}

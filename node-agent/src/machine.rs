@@ -1,0 +1,423 @@
+//! Carries out what the core decided about one sandbox: prepare, start, adopt, probe, stop, kill,
+//! destroy. Each is a task of its own that ends with an input.
+//!
+//! The promise behind it: when a run is told to be over, no process of it lives. Every name derives
+//! from the sandbox's id, so everything may be done twice.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use prost::Message;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use towline_node_core::{Assignment, Failure, FoundVm, Input, Record, Run};
+use towline_proto::frame::FrameKind;
+use towline_proto::ids::SandboxId;
+use towline_proto::v1::{
+    GuestCommand, Isolation, PingOpen, Shutdown, StreamError, StreamOpen, guest_command,
+    stream_open,
+};
+use towline_streams::Priority;
+
+use crate::capacity::boot_id;
+use crate::disks::{self, DiskError};
+use crate::guest_configure::{guest_configure, random};
+use crate::guest_link::GuestLink;
+use crate::guests::{Attendance, Guests, attend, exit_reason};
+use crate::hypervisor::{Hypervisor, Vm, VmSpec};
+use crate::images::{Image, Images, lasting};
+use crate::store::{State, Store};
+use crate::streams;
+
+/// From spawn to hello: shorter than the core's bound, so that the reason is the exact one.
+const HELLO_MAX: Duration = Duration::from_secs(150);
+/// Disks and mounts inside the guest.
+const CONFIGURE_MAX: Duration = Duration::from_secs(60);
+/// A busy guest of a restarted node agent: shorter than the core's bound, as above.
+const ADOPT_MAX: Duration = Duration::from_secs(240);
+const PROBE_MAX: Duration = Duration::from_secs(50);
+/// A VMM that is killed may write its disks out first.
+const QUIT_MAX: Duration = Duration::from_secs(2);
+
+/// What the tasks share.
+#[derive(Debug)]
+pub struct Machine {
+    /// Records and folders.
+    pub store: Arc<Store>,
+    /// Images.
+    pub images: Arc<Images>,
+    /// VMs.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// Running guests.
+    pub guests: Arc<Guests>,
+    /// The core's inputs.
+    pub inputs: mpsc::Sender<Input>,
+    /// Templates of disks.
+    pub cache_dir: std::path::PathBuf,
+    /// Keep consoles.
+    pub console: bool,
+    /// VMs that were started here, from the moment that they live: they are reaped with their last
+    /// handle.
+    pub vms: Mutex<BTreeMap<SandboxId, Arc<Vm>>>,
+}
+
+impl Machine {
+    /// What an earlier node agent left of a sandbox's VM.
+    pub fn found_vm(&self, record: &Record) -> FoundVm {
+        let dir = self.store.sandbox(record.assignment.sandbox);
+        match self.hypervisor.adopt(&dir.vm()) {
+            Ok(Some(_)) => return FoundVm::Alive,
+            Ok(None) => {}
+            Err(error) => {
+                let (sandbox, reason) = (record.assignment.sandbox, crate::chain(&error));
+                tracing::warn!(%sandbox, reason, "could not look for the sandbox's vm");
+            }
+        }
+        let assignment = &record.assignment;
+        let started = |state: &State| {
+            record.came_up
+                || (state.epoch, state.generation) == (assignment.epoch, assignment.generation)
+        };
+        match dir.state().filter(started) {
+            _ if record.rest.is_some() => FoundVm::None,
+            None => FoundVm::None,
+            Some(state) if state.boot_id != boot_id() => {
+                FoundVm::Ended { reason: "host restarted".into() }
+            }
+            Some(_) => FoundVm::Ended {
+                reason: "the VM's process ended while the node agent was away".into(),
+            },
+        }
+    }
+
+    /// Ends the VM of a folder whose record cannot be read.
+    pub async fn end_leftover(&self, sandbox: SandboxId) {
+        if let Err(reason) = self.end_vm(sandbox).await {
+            tracing::error!(%sandbox, reason, "vm of an unknown sandbox could not be ended");
+        }
+    }
+
+    /// `Effect::Prepare`.
+    pub async fn prepare(self: Arc<Self>, run: Run, assignment: Assignment) {
+        let sandbox = assignment.sandbox;
+        let result = match Self::refusal(&assignment) {
+            Some(reason) => Err(lasting(reason)),
+            None => self.prepare_blocking(run, assignment).await,
+        };
+        let input = match result {
+            Ok(image_digest) => Input::Prepared { sandbox, run, image_digest },
+            Err(failure) => {
+                tracing::warn!(%sandbox, run, reason = failure.reason, "preparation failed");
+                Input::PrepareFailed { sandbox, run, failure }
+            }
+        };
+        self.tell(input).await;
+    }
+
+    fn refusal(assignment: &Assignment) -> Option<String> {
+        let process = assignment.spec.isolation() == Isolation::Process;
+        process.then(|| "this node has no `process` driver; leave --isolation away".into())
+    }
+
+    async fn prepare_blocking(
+        self: &Arc<Self>,
+        run: Run,
+        assignment: Assignment,
+    ) -> Result<String, Failure> {
+        let machine = Arc::clone(self);
+        let work = tokio::task::spawn_blocking(move || {
+            let sandbox = assignment.sandbox;
+            let dir = machine.store.sandbox(sandbox);
+            dir.create().map_err(|error| transient(&error))?;
+            let mut progress = |text: String| {
+                // Progress that does not fit is not worth waiting for.
+                let _ = machine.inputs.try_send(Input::PrepareProgress { sandbox, run, text });
+            };
+            let image = machine.images.prepare(&assignment, &dir, &mut progress)?;
+            let disk_mib = assignment.spec.shape.unwrap_or_default().disk_mib;
+            disks::create(&machine.cache_dir, &dir.upper(), disk_mib).map_err(
+                |error| match error {
+                    DiskError::Io { .. } => transient(&error),
+                    _ => lasting(crate::chain(&error)),
+                },
+            )?;
+            Ok(image.digest)
+        });
+        work.await.unwrap_or_else(|error| Err(lasting(format!("preparing it broke: {error}"))))
+    }
+
+    /// `Effect::StartVm`.
+    pub async fn start(self: Arc<Self>, run: Run, assignment: Assignment) {
+        let sandbox = assignment.sandbox;
+        let result = self.start_vm(run, &assignment).await;
+        self.started(sandbox, run, result).await;
+    }
+
+    /// `Effect::AdoptVm`.
+    pub async fn adopt(self: Arc<Self>, run: Run, assignment: Assignment) {
+        let sandbox = assignment.sandbox;
+        let result = self.adopt_vm(run, &assignment).await;
+        self.started(sandbox, run, result).await;
+    }
+
+    async fn started(&self, sandbox: SandboxId, run: Run, result: Result<(), Failure>) {
+        let capabilities = self.hypervisor.capabilities();
+        let input = match result {
+            Ok(()) => {
+                tracing::info!(%sandbox, run, "vm started");
+                let driver = capabilities.driver.to_owned();
+                let isolation = capabilities.isolation().to_owned();
+                Input::VmStarted { sandbox, run, driver, isolation }
+            }
+            Err(failure) => {
+                tracing::warn!(%sandbox, run, reason = failure.reason, "vm failed");
+                Input::VmFailed { sandbox, run, failure }
+            }
+        };
+        self.tell(input).await;
+    }
+
+    async fn start_vm(self: &Arc<Self>, run: Run, assignment: &Assignment) -> Result<(), Failure> {
+        let secret = random::<32>().map_err(|error| transient(&error))?;
+        let (image, spec) = self.spec(assignment, Some(secret)).await?;
+        let vm = self.hypervisor.boot(&spec).await.map_err(|error| transient(&error))?;
+        let vm = Arc::new(vm);
+        self.vms
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(assignment.sandbox, Arc::clone(&vm));
+        let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
+        self.take_up(attendance, assignment, Some(image), HELLO_MAX).await
+    }
+
+    async fn adopt_vm(self: &Arc<Self>, run: Run, assignment: &Assignment) -> Result<(), Failure> {
+        let dir = self.store.sandbox(assignment.sandbox);
+        let found = self.hypervisor.adopt(&dir.vm()).map_err(|error| transient(&error))?;
+        let Some(vm) = found.map(Arc::new) else {
+            return Err(lasting("the VM ended before it could be taken up again".into()));
+        };
+        let secret = dir.state().and_then(|state| state.resync_marker.try_into().ok());
+        let Some(secret) = secret else {
+            end(&vm).await;
+            return Err(lasting("the VM's secret was lost, so that nobody can talk to it".into()));
+        };
+        // A running guest has its image; only a local one is still served from here.
+        let image = match self.spec(assignment, None).await {
+            Ok((image, _)) => Some(image),
+            Err(Failure { reason, .. }) => {
+                tracing::error!(sandbox = %assignment.sandbox, reason, "image out of reach");
+                None
+            }
+        };
+        let attendance = self.attendance(run, assignment, &vm, secret, image.as_ref());
+        self.take_up(attendance, assignment, image, ADOPT_MAX).await
+    }
+
+    fn attendance(
+        &self,
+        run: Run,
+        assignment: &Assignment,
+        vm: &Arc<Vm>,
+        secret: [u8; 32],
+        image: Option<&Image>,
+    ) -> Attendance {
+        Attendance {
+            sandbox: assignment.sandbox,
+            run,
+            vm: Arc::clone(vm),
+            secret,
+            local: image.and_then(|image| image.local.clone()),
+            inputs: self.inputs.clone(),
+        }
+    }
+
+    /// Looks the image up and, before a start, keeps the state that an adoption needs.
+    async fn spec(
+        self: &Arc<Self>,
+        assignment: &Assignment,
+        starting: Option<[u8; 32]>,
+    ) -> Result<(Image, VmSpec), Failure> {
+        let (machine, assignment) = (Arc::clone(self), assignment.clone());
+        let work = tokio::task::spawn_blocking(move || {
+            let dir = machine.store.sandbox(assignment.sandbox);
+            let image = machine.images.prepare(&assignment, &dir, &mut |_| {})?;
+            if let Some(secret) = starting {
+                let state = State {
+                    resync_marker: secret.to_vec(),
+                    boot_id: boot_id(),
+                    epoch: assignment.epoch,
+                    generation: assignment.generation,
+                    image_digest: image.digest.clone(),
+                };
+                dir.set_state(&state).map_err(|error| transient(&error))?;
+            }
+            let shape = assignment.spec.shape.unwrap_or_default();
+            let spec = VmSpec {
+                cpus: shape.cpus,
+                memory_mib: shape.memory_mib,
+                layers: image.layers.clone(),
+                upper: Some(dir.upper()),
+                dir: dir.vm(),
+                console: machine.console,
+            };
+            Ok((image, spec))
+        });
+        work.await.unwrap_or_else(|error| Err(lasting(format!("starting it broke: {error}"))))
+    }
+
+    /// Waits for the guest, configures it if it was not, and has it attended to. On failure
+    /// nothing of the VM lives.
+    async fn take_up(
+        &self,
+        attendance: Attendance,
+        assignment: &Assignment,
+        image: Option<Image>,
+        bound: Duration,
+    ) -> Result<(), Failure> {
+        let vm = Arc::clone(&attendance.vm);
+        let talk = async {
+            let mut link = GuestLink::connect(&vm, attendance.secret, bound)
+                .await
+                .map_err(|error| transient(&error))?;
+            let hello = &link.hello;
+            tracing::debug!(
+                sandbox = %attendance.sandbox, kernel = hello.kernel_release,
+                agent = hello.agent_version, configured = hello.configured, "guest said hello",
+            );
+            let mut opened = JoinSet::new();
+            if !link.hello.configured {
+                let image = image.as_ref().ok_or_else(|| lasting("it has no image".into()))?;
+                let configure = guest_configure(assignment, image, attendance.secret)
+                    .map_err(|error| transient(&error))?;
+                let configured = attendance.configure(&mut link, &configure, CONFIGURE_MAX);
+                opened = configured.await.map_err(|error| transient(&error))?;
+            }
+            Ok((link, opened))
+        };
+        match talk.await {
+            Ok((link, opened)) => {
+                attend(&self.guests, attendance, link, opened);
+                Ok(())
+            }
+            Err(failure) => {
+                end(&vm).await;
+                Err(failure)
+            }
+        }
+    }
+
+    /// `Effect::Probe`: a ping through the very path that clients' streams take.
+    pub async fn probe(self: Arc<Self>, sandbox: SandboxId, run: Run) {
+        let answer = timeout(PROBE_MAX, self.ping(sandbox)).await;
+        let input = match answer.unwrap_or_else(|_| Err("no answer in time".into())) {
+            Ok(()) => Input::ProbeAnswered { sandbox, run },
+            Err(reason) => Input::ProbeFailed { sandbox, run, reason },
+        };
+        self.tell(input).await;
+    }
+
+    async fn ping(&self, sandbox: SandboxId) -> Result<(), String> {
+        let guest = self.guests.get(sandbox).ok_or("it has no guest")?;
+        let (send, recv) =
+            guest.open(Priority::Control).await.map_err(|refused| refused.message)?;
+        let (mut reader, mut writer) = streams::framed(recv, send);
+        let kind = Some(stream_open::Kind::Ping(PingOpen { guest: true }));
+        let open = StreamOpen { kind, ..StreamOpen::default() };
+        let sent = writer.send_message(FrameKind::Open, &open).await;
+        sent.map_err(|error| error.to_string())?;
+        match reader.next().await {
+            Ok(Some(frame)) if frame.is(FrameKind::Pong) => Ok(()),
+            Ok(Some(frame)) if frame.is(FrameKind::Error) => {
+                let error = StreamError::decode(frame.body).unwrap_or_default();
+                Err(error.message.chars().filter(|c| !c.is_control()).take(300).collect())
+            }
+            Ok(_) => Err("it answered something else".into()),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// `Effect::StopVm`. The attendant tells the end; a guest that cannot be told meets the core's
+    /// deadline.
+    pub fn stop(&self, sandbox: SandboxId, grace: Duration) {
+        let Some(guest) = self.guests.get(sandbox) else { return };
+        let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+        let command = Some(guest_command::Command::Shutdown(Shutdown { grace_ms }));
+        if !guest.command(GuestCommand { command }) {
+            tracing::warn!(%sandbox, "guest takes no commands, it will be killed");
+        }
+    }
+
+    /// `Effect::KillVm`, after the run's work has been given up.
+    pub async fn kill(self: Arc<Self>, sandbox: SandboxId, run: Run) {
+        let reason = match self.end_vm(sandbox).await {
+            Ok(reason) => reason,
+            Err(reason) => {
+                // The core asks again: a run is over only when nothing of it lives.
+                tracing::error!(%sandbox, run, reason, "vm could not be ended");
+                return;
+            }
+        };
+        self.tell(Input::VmExited { sandbox, run, reason }).await;
+    }
+
+    /// `Effect::Destroy`, after the sandbox's work has been given up.
+    pub async fn destroy(self: Arc<Self>, sandbox: SandboxId) {
+        let input = match self.remove(sandbox).await {
+            Ok(()) => {
+                tracing::info!(%sandbox, "sandbox destroyed");
+                Input::Destroyed { sandbox }
+            }
+            Err(reason) => {
+                tracing::error!(%sandbox, reason, "sandbox could not be destroyed");
+                Input::DestroyFailed { sandbox, reason }
+            }
+        };
+        self.tell(input).await;
+    }
+
+    async fn remove(&self, sandbox: SandboxId) -> Result<(), String> {
+        if let Some(guest) = self.guests.get(sandbox) {
+            guest.vm.kill().map_err(|error| error.to_string())?;
+        }
+        self.end_vm(sandbox).await?;
+        let dir = self.store.sandbox(sandbox);
+        let removed = tokio::task::spawn_blocking(move || dir.remove()).await;
+        match removed {
+            Ok(result) => result.map_err(|error| crate::chain(&error)),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    /// Ends whatever VM runs in the sandbox's folder.
+    async fn end_vm(&self, sandbox: SandboxId) -> Result<String, String> {
+        let known = self.vms.lock().unwrap_or_else(PoisonError::into_inner).remove(&sandbox);
+        let vm = match (self.guests.get(sandbox), known) {
+            (Some(guest), _) => Some(Arc::clone(&guest.vm)),
+            (None, Some(vm)) => Some(vm),
+            (None, None) => {
+                let dir = self.store.sandbox(sandbox).vm();
+                self.hypervisor.adopt(&dir).map_err(|error| crate::chain(&error))?.map(Arc::new)
+            }
+        };
+        let Some(vm) = vm else { return Ok("it had no VM".into()) };
+        vm.quit(QUIT_MAX).await.map(|exit| exit_reason(&exit)).map_err(|error| error.to_string())
+    }
+
+    async fn tell(&self, input: Input) {
+        // Nobody listens only when the node agent stops.
+        let _ = self.inputs.send(input).await;
+    }
+}
+
+async fn end(vm: &Vm) {
+    if let Err(error) = vm.kill() {
+        tracing::error!(%error, dir = %vm.dir().display(), "vm could not be killed");
+    }
+    vm.wait_exit().await;
+}
+
+fn transient(error: &dyn std::error::Error) -> Failure {
+    Failure { reason: crate::chain(error), transient: true }
+}

@@ -1,0 +1,228 @@
+//! The node's end of the link: laptops' streams, each let in by its ticket and then only copied.
+//!
+//! A stream's first frame carries the ticket, which the guest never sees. What does not come to
+//! more than a pipe is served here: pings and image imports.
+
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tokio::io::AsyncWriteExt;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use towline_link::endpoint::{LinkConnection, LinkServer};
+use towline_link::stream::{LinkStream, Priority, RESET_CANCELLED};
+use towline_link::ticket::{CheckedTicket, TicketContext, TicketTarget, TicketVerifier};
+use towline_proto::frame::{Frame, FrameKind};
+use towline_proto::ids::{NodeId, SandboxId};
+use towline_proto::v1::stream_open::Kind;
+use towline_proto::v1::{NodeRegistered, StreamErrorCode, StreamOpen};
+use towline_streams::{Priority as GuestPriority, splice};
+
+use crate::gates::{Gates, Refused};
+use crate::guests::Guests;
+use crate::images::Images;
+use crate::{image_import, streams};
+
+/// Connections of laptops at once.
+const CONNECTIONS_MAX: usize = 1024;
+/// Imports at once: each unpacks on all CPUs.
+const IMPORTS_MAX: usize = 2;
+
+/// Who this node is to ticket holders.
+#[derive(Debug, Default)]
+struct Authority {
+    node: Option<NodeId>,
+    cluster_id: String,
+    verifier: TicketVerifier,
+}
+
+/// What streams are served with.
+#[derive(Debug)]
+pub struct Tunnel {
+    gates: Arc<Gates>,
+    guests: Arc<Guests>,
+    images: Arc<Images>,
+    authority: RwLock<Authority>,
+    imports: Arc<Semaphore>,
+}
+
+impl Tunnel {
+    /// One that lets nobody in until it knows who signs tickets.
+    pub fn new(gates: Arc<Gates>, guests: Arc<Guests>, images: Arc<Images>) -> Arc<Self> {
+        let imports = Arc::new(Semaphore::new(IMPORTS_MAX));
+        Arc::new(Self { gates, guests, images, authority: RwLock::default(), imports })
+    }
+
+    /// Takes what the control plane said at registration.
+    pub fn registered(&self, registered: &NodeRegistered) {
+        let authority = Authority {
+            node: NodeId::try_from(&registered.node_id[..]).ok(),
+            cluster_id: registered.cluster_id.clone(),
+            verifier: TicketVerifier::new(&registered.ticket_keys),
+        };
+        *self.authority.write().unwrap_or_else(PoisonError::into_inner) = authority;
+    }
+
+    /// Accepts connections until the server is closed.
+    pub async fn serve(self: Arc<Self>, server: Arc<LinkServer>) {
+        let mut connections = JoinSet::new();
+        while let Some(handshake) = server.accept().await {
+            while connections.try_join_next().is_some() {}
+            if connections.len() >= CONNECTIONS_MAX {
+                tracing::warn!(CONNECTIONS_MAX, "too many laptops connected, one was refused");
+                continue;
+            }
+            let tunnel = Arc::clone(&self);
+            connections.spawn(async move {
+                match handshake.finish().await {
+                    Ok(connection) => tunnel.connection(connection).await,
+                    Err(error) => tracing::debug!(%error, "link handshake failed"),
+                }
+            });
+        }
+    }
+
+    async fn connection(self: Arc<Self>, connection: LinkConnection) {
+        let address = connection.peer().address;
+        let identity = connection.peer().identity.as_ref().map(ToString::to_string);
+        tracing::debug!(?address, ?identity, "laptop connected");
+        // The transport bounds how many there are at once.
+        let mut open = JoinSet::new();
+        while let Ok(stream) = connection.accept().await {
+            while open.try_join_next().is_some() {}
+            let (tunnel, connection) = (Arc::clone(&self), connection.clone());
+            open.spawn(async move { tunnel.stream(&connection, stream).await });
+        }
+        tracing::debug!(?address, "laptop left");
+    }
+
+    async fn stream(&self, connection: &LinkConnection, mut stream: LinkStream) {
+        let open = match streams::read_open(&mut stream.reader).await {
+            Ok(open) => open,
+            Err(refused) => return streams::refuse(&mut stream.writer, &refused).await,
+        };
+        stream.writer.get_mut().set_priority(Priority::of(open.kind.as_ref()));
+        let checked = match self.check(connection, &open.ticket) {
+            Ok(checked) => checked,
+            Err(refused) => {
+                tracing::info!(reason = refused.message, "stream refused");
+                return streams::refuse(&mut stream.writer, &refused).await;
+            }
+        };
+        self.admitted(checked, open, stream).await;
+    }
+
+    async fn admitted(&self, checked: CheckedTicket, open: StreamOpen, mut stream: LinkStream) {
+        let refusal = match (&open.kind, checked.target) {
+            (Some(Kind::Ping(ping)), _) if !ping.guest => {
+                let pong = Frame::raw(FrameKind::Pong, &b""[..]);
+                if stream.writer.send(&pong).await.is_ok() {
+                    let _ = stream.writer.finish().await;
+                }
+                return;
+            }
+            (
+                Some(Kind::Exec(_) | Kind::Files(_) | Kind::ExecList(_) | Kind::Ping(_)),
+                TicketTarget::Sandbox(sandbox),
+            ) => match self.to_guest(sandbox, checked.epoch, open, stream).await {
+                Ok(()) => return,
+                Err((refused, mut stream)) => {
+                    return streams::refuse(&mut stream.writer, &refused).await;
+                }
+            },
+            (Some(Kind::ImageImport(import)), TicketTarget::Images) => {
+                let Ok(_permit) = self.imports.acquire().await else { return };
+                let (store, name) = (self.images.store().clone(), import.name.clone());
+                return image_import::serve(store, name, stream).await;
+            }
+            (Some(Kind::ImageImport(_)), TicketTarget::Sandbox(_)) => {
+                Refused::new(StreamErrorCode::Ticket, "an import needs a ticket for images")
+            }
+            (
+                Some(Kind::Exec(_) | Kind::Files(_) | Kind::ExecList(_) | Kind::Ping(_)),
+                TicketTarget::Images,
+            ) => Refused::new(StreamErrorCode::Ticket, "this needs a ticket for a sandbox"),
+            (Some(Kind::Control(_) | Kind::Fuse(_)), _) => {
+                Refused::new(StreamErrorCode::Unsupported, "only guests open such streams")
+            }
+            (None, _) => Refused::new(
+                StreamErrorCode::Unsupported,
+                "this node agent does not know this kind of stream; is it older than `tow`?",
+            ),
+        };
+        streams::refuse(&mut stream.writer, &refusal).await;
+    }
+
+    /// Copies between laptop and guest until both ended, or until the sandbox's streams must end.
+    async fn to_guest(
+        &self,
+        sandbox: SandboxId,
+        epoch: u64,
+        open: StreamOpen,
+        stream: LinkStream,
+    ) -> Result<(), (Refused, LinkStream)> {
+        let pass = match self.gates.enter(sandbox, epoch) {
+            Ok(pass) => pass,
+            Err(refused) => return Err((refused, stream)),
+        };
+        let Some(guest) = self.guests.get(sandbox) else {
+            let refused = Refused::new(StreamErrorCode::NotRunning, "its VM has just ended");
+            return Err((refused, stream));
+        };
+        let (mut send, recv) = match guest.open(priority(open.kind.as_ref())).await {
+            Ok(halves) => halves,
+            Err(refused) => return Err((refused, stream)),
+        };
+        drop(guest);
+        let open = Frame::message(FrameKind::Open, &StreamOpen { ticket: Vec::new(), ..open });
+        let (from_laptop, rest, to_laptop) = stream.into_io();
+        let copy = async {
+            send.write_all(&open.to_bytes()).await?;
+            send.write_all(&rest).await?;
+            send.flush().await?;
+            splice(from_laptop, to_laptop, recv, send).await
+        };
+        tokio::select! {
+            result = copy => match result {
+                Ok((up, down)) => tracing::debug!(%sandbox, up, down, "stream ended"),
+                Err(error) => tracing::debug!(%sandbox, %error, "stream broke"),
+            },
+            // Dropping the copy resets both of its streams.
+            () = pass.revoked() => tracing::debug!(%sandbox, "stream ended with its sandbox"),
+        }
+        Ok(())
+    }
+
+    fn check(&self, connection: &LinkConnection, ticket: &[u8]) -> Result<CheckedTicket, Refused> {
+        let refused = |message: String| Refused::new(StreamErrorCode::Ticket, message);
+        let spki = connection.peer().spki_sha256;
+        let spki = spki.ok_or_else(|| refused("the connection has no certificate".into()))?;
+        let authority = self.authority.read().unwrap_or_else(PoisonError::into_inner);
+        let node_id = authority.node.ok_or_else(|| {
+            refused("this node is not registered with a control plane yet; try again".into())
+        })?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let context = TicketContext {
+            cluster_id: &authority.cluster_id,
+            node_id,
+            client_spki_sha256: &spki,
+            now_unix_s: now.as_secs(),
+        };
+        authority.verifier.verify(ticket, &context).map_err(|error| refused(error.to_string()))
+    }
+}
+
+fn priority(kind: Option<&Kind>) -> GuestPriority {
+    match kind {
+        Some(Kind::Exec(_)) => GuestPriority::Interactive,
+        Some(Kind::Files(_)) => GuestPriority::Bulk,
+        Some(Kind::Fuse(_)) => GuestPriority::Demand,
+        Some(Kind::ImageImport(_)) => GuestPriority::Bulk,
+        Some(Kind::Control(_) | Kind::Ping(_) | Kind::ExecList(_)) | None => GuestPriority::Control,
+    }
+}
+
+/// Gives a stream up whose laptop is gone.
+pub(crate) fn give_up(stream: LinkStream) {
+    stream.reset(RESET_CANCELLED);
+}
