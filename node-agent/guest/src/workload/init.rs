@@ -116,6 +116,8 @@ pub fn run_init(root: &Path) -> io::Result<()> {
     // SAFETY: `clone_init` has put the pipe there, and nothing else owns it.
     let says = unsafe { OwnedFd::from_raw_fd(READY_FD) };
     rustix::io::fcntl_setfd(&says, rustix::io::FdFlags::CLOEXEC)?;
+    // What `ps` in the sandbox shows.
+    rustix::thread::set_name(c"towline-init")?;
     match enter_root(root) {
         Ok(()) => rustix::io::write(&says, b"ready")?,
         Err(error) => {
