@@ -8,6 +8,7 @@
 
 pub mod client;
 mod copy;
+mod descriptors;
 mod failure;
 mod links;
 pub mod place;

@@ -294,6 +294,26 @@ async fn another_version_is_replaced_while_its_streams_live_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn spans_go_to_a_collector_where_there_is_one() {
+    use tokio::io::AsyncReadExt;
+    let setup = setup().await;
+    let collector = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("OTEL_EXPORTER_OTLP_ENDPOINT=http://{}", collector.local_addr().unwrap());
+    let client = setup.daemon.client_with(&[url]);
+    let mut stream = client.open(ping("web")).await.unwrap();
+    echo(&mut stream, b"traced").await;
+    drop(stream);
+    // The last spans are sent when the daemon leaves; a collector that says nothing holds it up
+    // for a bounded time only.
+    assert!(client.shutdown().await.unwrap());
+    let accept = tokio::time::timeout(Duration::from_secs(60), collector.accept());
+    let (mut connection, _) = accept.await.expect("an export within a minute").unwrap();
+    let mut preface = [0; 14];
+    connection.read_exact(&mut preface).await.unwrap();
+    assert_eq!(&preface, b"PRI * HTTP/2.0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_daemon_that_cannot_start_says_why() {
     let setup = setup().await;
     let words = "no such thing as a daemon today";
@@ -330,4 +350,45 @@ async fn a_certificate_is_renewed_at_half_its_life_with_the_same_key() {
     cluster.context(dir.path(), &endpoint, Duration::ZERO);
     let error = Session::open("c", context).await.unwrap_err().to_string();
     assert!(error.contains("has expired"), "{error}");
+}
+
+/// `cargo test --release -p towline-client --test daemon -- --ignored --nocapture measure`
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement, not a check"]
+async fn measure_opening_and_bulk() {
+    use std::io::Write;
+    use std::time::Instant;
+    const MIB: usize = 512;
+    let setup = setup().await;
+    let mut line = String::new();
+    let mut opened: Vec<Duration> = Vec::new();
+    for _ in 0..200 {
+        let start = Instant::now();
+        let mut stream = setup.open().await.unwrap();
+        echo(&mut stream, b"x").await;
+        opened.push(start.elapsed());
+    }
+    opened.sort();
+    line += &format!("open by name and first echo: p50 {:?}, p99 {:?}; ", opened[100], opened[198]);
+    let OpenedStream { mut reader, mut writer, .. } = setup.open().await.unwrap();
+    let piece = stdin(&vec![7; 64 << 10]);
+    let start = Instant::now();
+    let sender = tokio::spawn(async move {
+        for _ in 0..MIB * 16 {
+            writer.send(&piece).await.unwrap();
+        }
+        writer.finish().await.unwrap();
+    });
+    while reader.next().await.unwrap().is_some() {}
+    sender.await.unwrap();
+    let rate = MIB as f64 / start.elapsed().as_secs_f64();
+    line += &format!("{rate:.0} MiB/s each way at once; ");
+    let status = setup.daemon.client.status().await.unwrap().unwrap();
+    let memory = std::fs::read_to_string(format!("/proc/{}/status", status.pid)).unwrap();
+    for field in ["VmRSS", "VmHWM", "Threads"] {
+        let found = memory.lines().find(|l| l.starts_with(field)).unwrap_or_default();
+        line += &format!("{} ", found.split_whitespace().collect::<Vec<_>>().join(" "));
+    }
+    writeln!(std::io::stderr(), "{line}").unwrap();
+    setup.end().await;
 }

@@ -196,6 +196,7 @@ impl DaemonClient {
     async fn spawn(&self) -> anyhow::Result<Vec<u8>> {
         let log = open_log(&self.place.log()).with_context(|| format!("opening {}", self.log()))?;
         let (program, args) = self.program.split_first().context("no program to start")?;
+        super::descriptors::keep_to_ourselves();
         let mut child = Command::new(program)
             .args(args)
             .stdin(Stdio::null())

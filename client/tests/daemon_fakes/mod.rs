@@ -2,6 +2,7 @@
 //! tickets, with answers that a test decides.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
@@ -183,20 +184,27 @@ impl Cluster {
 pub(crate) struct TestDaemon {
     pub(crate) client: DaemonClient,
     pub(crate) place: Place,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl TestDaemon {
     pub(crate) fn new(config: &Path) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let place = Place::at(dir.path().join("towline")).unwrap();
-        let runtime = format!("XDG_RUNTIME_DIR={}", dir.path().display());
-        let program = ["env".into(), runtime, "TOWLINE_LOG=debug".into(), tow(), "daemon".into()];
-        let client = DaemonClient::new(place.clone(), "c")
-            .unwrap()
-            .with_config(config.into())
-            .with_program(program.map(Into::into).to_vec());
-        Self { client, place, _dir: dir }
+        let client = DaemonClient::new(place.clone(), "c").unwrap().with_config(config.into());
+        let mut daemon = Self { client, place, dir };
+        daemon.client = daemon.client_with(&[]);
+        daemon
+    }
+
+    /// Starts the daemon with more variables of this form: `NAME=value`.
+    pub(crate) fn client_with(&self, variables: &[String]) -> DaemonClient {
+        let runtime = format!("XDG_RUNTIME_DIR={}", self.dir.path().display());
+        let mut program: Vec<OsString> =
+            ["env".into(), runtime.into(), "TOWLINE_LOG=debug".into()].to_vec();
+        program.extend(variables.iter().map(Into::into));
+        program.extend([env!("CARGO_BIN_EXE_tow").into(), "daemon".into()]);
+        self.client.clone().with_program(program)
     }
 
     pub(crate) fn log(&self) -> String {
@@ -216,10 +224,6 @@ impl Drop for TestDaemon {
             }
         }
     }
-}
-
-fn tow() -> String {
-    env!("CARGO_BIN_EXE_tow").into()
 }
 
 async fn serve_link(link: LinkConnection, world: Arc<World>, verifier: Arc<TicketVerifier>) {

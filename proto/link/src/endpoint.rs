@@ -38,7 +38,7 @@ const UDP_BUFFER: usize = 4 << 20;
 /// Ten GSO segments of it stay under 64 KiB; over 6,500 sends fail and look like loss.
 const LOOPBACK_MTU: u16 = 6000;
 const UDP_PAYLOAD_MAX: u16 = 6500;
-/// Datagrams carry only probes.
+/// Datagrams carry only probes, which nobody reads: quinn drops the oldest.
 const PROBES_BUFFER: usize = 16 << 10;
 /// Bound on a handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -173,7 +173,10 @@ impl LinkClient {
         let crypto: Arc<QuicClientConfig> = Arc::new(crypto);
         let config = |loopback| {
             let mut transport = transport(loopback);
-            transport.keep_alive_interval(Some(KEEP_ALIVE));
+            transport
+                .keep_alive_interval(Some(KEEP_ALIVE))
+                // Nodes open nothing towards laptops.
+                .max_concurrent_bidi_streams(VarInt::from_u32(0));
             let mut config = ClientConfig::new(Arc::clone(&crypto) as _);
             config.transport_config(Arc::new(transport));
             config
@@ -279,16 +282,8 @@ impl LinkConnection {
     /// The next stream that the peer opened. Cancel-safe. Answers travel with
     /// [`Priority::default`] until [`LinkStream::set_priority`].
     pub async fn accept(&self) -> io::Result<LinkStream> {
-        loop {
-            tokio::select! {
-                stream = self.connection.accept_bi() => {
-                    let (send, receive) = stream?;
-                    return Ok(LinkStream::new(receive, send, Priority::default()));
-                }
-                // Probes: that they were acknowledged is all.
-                probe = self.connection.read_datagram() => drop(probe?),
-            }
-        }
+        let (send, receive) = self.connection.accept_bi().await?;
+        Ok(LinkStream::new(receive, send, Priority::default()))
     }
 
     /// Sends something that the peer acknowledges at once if it is there, also while QUIC's own

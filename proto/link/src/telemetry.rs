@@ -6,6 +6,7 @@ use std::time::Duration;
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use tokio::runtime::Runtime;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
@@ -21,11 +22,26 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 #[must_use = "spans that were not yet sent are lost without shutdown"]
 pub struct Telemetry {
-    provider: Option<SdkTracerProvider>,
+    exporter: Option<Exporter>,
 }
 
-/// Starts logging and tracing of a server, showing `info` by default. Call it once, inside the
-/// tokio runtime.
+/// The exporter has a thread and runtime of its own, so that it can still send when the process's
+/// runtime has ended.
+#[derive(Debug)]
+struct Exporter {
+    provider: SdkTracerProvider,
+    runtime: Option<Runtime>,
+}
+
+impl Drop for Exporter {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background(); // may be dropped in async code
+        }
+    }
+}
+
+/// Starts logging and tracing of a server, showing `info` by default. Call it once.
 pub fn init(service: &str) -> Telemetry {
     init_at(service, "info")
 }
@@ -42,14 +58,14 @@ pub fn init_at(service: &str, default: &str) -> Telemetry {
         .with_writer(std::io::stderr)
         .with_ansi(colour)
         .with_filter(filter);
-    let (provider, failed) = match exporter(service) {
-        Ok(provider) => (provider, None),
+    let (exporter, failed) = match exporter(service) {
+        Ok(exporter) => (exporter, None),
         Err(error) => (None, Some(error)),
     };
     // The exporter's own transport must not make spans, or each export would make the next.
-    let spans = provider.as_ref().map(|provider| {
+    let spans = exporter.as_ref().map(|exporter| {
         tracing_opentelemetry::layer()
-            .with_tracer(provider.tracer("towline"))
+            .with_tracer(exporter.provider.tracer("towline"))
             .with_filter(EnvFilter::new("info,h2=off,hyper=off,tonic=off,tower=off"))
     });
     // A second call (in a test, say) keeps the first one's subscriber.
@@ -60,32 +76,37 @@ pub fn init_at(service: &str, default: &str) -> Telemetry {
     if let Some(error) = failed {
         tracing::warn!(%error, variable = OTLP_VARIABLE, "spans are not exported");
     }
-    Telemetry { provider }
+    Telemetry { exporter }
 }
 
 impl Telemetry {
     /// Sends the spans that are left, for at most two seconds. Blocks: call it last, outside async
     /// code or in `spawn_blocking`.
     pub fn shutdown(self) {
-        if let Some(provider) = self.provider
-            && let Err(error) = provider.shutdown_with_timeout(FLUSH_TIMEOUT)
+        if let Some(exporter) = &self.exporter
+            && let Err(error) = exporter.provider.shutdown_with_timeout(FLUSH_TIMEOUT)
         {
             tracing::warn!(%error, "the last spans were not exported");
         }
     }
 }
 
-fn exporter(
-    service: &str,
-) -> Result<Option<SdkTracerProvider>, opentelemetry_otlp::ExporterBuildError> {
+fn exporter(service: &str) -> Result<Option<Exporter>, Box<dyn std::error::Error>> {
     if std::env::var_os(OTLP_VARIABLE).is_none_or(|endpoint| endpoint.is_empty()) {
         return Ok(None);
     }
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name("otlp")
+        .enable_all()
+        .build()?;
+    let inside = runtime.enter();
     let exporter = opentelemetry_otlp::SpanExporter::builder().with_tonic().build()?;
     let resource = Resource::builder().with_service_name(service.to_owned()).build();
     let provider =
         SdkTracerProvider::builder().with_batch_exporter(exporter).with_resource(resource).build();
-    Ok(Some(provider))
+    drop(inside);
+    Ok(Some(Exporter { provider, runtime: Some(runtime) }))
 }
 
 fn stderr_is_terminal() -> bool {
