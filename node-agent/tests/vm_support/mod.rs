@@ -31,9 +31,9 @@ pub(crate) fn vm_dir() -> (TempDir, PathBuf) {
 
 /// The cache that the product uses too, so that the kernel is downloaded once.
 pub(crate) fn cache_dir() -> PathBuf {
-    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| {
-        std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache"))
-    });
+    let base = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")));
     base.unwrap_or_else(std::env::temp_dir).join("towline")
 }
 
@@ -61,8 +61,8 @@ pub(crate) async fn driver() -> Option<Qemu> {
 fn echo_guest() -> PathBuf {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    let target_dir = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| root.join("target"), PathBuf::from);
+    let target_dir =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
     let built = Command::new(env!("CARGO"))
         .current_dir(root)
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
