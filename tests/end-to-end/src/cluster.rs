@@ -26,7 +26,12 @@ pub struct Cluster {
 impl Cluster {
     /// Makes the folders; starts nothing. `Err` says what is missing on this machine.
     pub fn prepare() -> Result<Self, String> {
-        let bin = bin_dir();
+        Self::prepare_in(&bin_dir())
+    }
+
+    /// The same with the binaries of another folder.
+    pub fn prepare_in(bin: &Path) -> Result<Self, String> {
+        let bin = bin.to_owned();
         for name in
             ["tow", "towline-control-plane", "towline-node-agent", "towline-guest-agent-static"]
         {
@@ -65,6 +70,19 @@ impl Cluster {
         self.root().join("home")
     }
 
+    /// The folder of the binaries.
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
+    /// Guest kernels and layers: the caller's own cache, so that the kernel is downloaded once.
+    pub fn cache(&self) -> PathBuf {
+        let from = |name: &str| std::env::var_os(name).map(PathBuf::from);
+        let base = from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));
+        from("TOWLINE_CACHE")
+            .unwrap_or_else(|| base.unwrap_or_else(std::env::temp_dir).join("towline"))
+    }
+
     /// Makes a project folder, which is also where `tow` runs unless told otherwise.
     pub fn folder(&self, name: &str) -> PathBuf {
         let path = self.root().join("work").join(name);
@@ -76,15 +94,10 @@ impl Cluster {
     /// A command with the cluster's environment.
     pub fn command(&self, program: impl AsRef<OsStr>, folder: &Path) -> Command {
         let mut command = Command::new(program);
-        let cache = std::env::var_os("TOWLINE_CACHE").or_else(|| {
-            let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-            let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-            base.or(home).map(|base| base.join("towline").into_os_string())
-        });
         let path = std::env::var_os("PATH").unwrap_or_default();
         command.env_clear().current_dir(folder);
         command.env("PATH", path).env("HOME", self.home()).env("LANG", "C.UTF-8");
-        command.env("TOWLINE_CACHE", cache.unwrap_or_default());
+        command.env("TOWLINE_CACHE", self.cache());
         for (variable, name) in [
             ("XDG_RUNTIME_DIR", "run"),
             ("XDG_DATA_HOME", "data"),

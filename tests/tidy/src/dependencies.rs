@@ -42,6 +42,7 @@ pub const TABLE: &[(&str, &str, &[&str])] = &[
         &["towline-control-core", "towline-node-core", "towline-filesync", "towline-proto"],
     ),
     ("towline-end-to-end", "tests/end-to-end", &["*"]),
+    ("towline-fuzz-targets", "tests/fuzz-targets", &["*"]),
     ("towline-tidy", "tests/tidy", &[]),
     ("towline-benches", "benches", &["*"]),
 ];

@@ -1,0 +1,54 @@
+//! The peer of a cold start: QEMU with the same kernel and initramfs, from spawn to the guest
+//! agent's hello, with nothing else of Towline running.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use towline_node_agent::guest_link::GuestLink;
+use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
+use towline_node_agent::hypervisor::{Hypervisor, VmSpec};
+use towline_node_agent::{initramfs, kernel};
+
+const BOUND: Duration = Duration::from_secs(120);
+
+/// Boots once; gives the time and the accelerator's name.
+pub(crate) fn once(
+    cache: &Path,
+    guest_agent: &Path,
+    shape: (u32, u64),
+) -> anyhow::Result<Duration> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("a runtime")?;
+    runtime.block_on(boot(cache.to_owned(), guest_agent, shape))
+}
+
+async fn boot(
+    cache_dir: PathBuf,
+    guest_agent: &Path,
+    (cpus, memory_mib): (u32, u64),
+) -> anyhow::Result<Duration> {
+    let kernel = kernel::ensure(&cache_dir, &|_| {})?;
+    let initramfs = initramfs::ensure(&cache_dir, &kernel, guest_agent)?;
+    let config = QemuConfig { cache_dir, kernel, initramfs, accel: AccelChoice::Auto };
+    let qemu = Qemu::new(config).await?;
+    let folder = tempfile::tempdir()?;
+    let spec = VmSpec {
+        cpus,
+        memory_mib,
+        layers: Vec::new(),
+        upper: None,
+        dir: folder.path().to_owned(),
+        console: false,
+    };
+    let start = Instant::now();
+    let vm = qemu.boot(&spec).await?;
+    let link = GuestLink::connect(&vm, [7; 32], BOUND).await;
+    let took = start.elapsed();
+    vm.kill().context("ending the guest")?;
+    vm.wait_exit().await;
+    link.map(|_| took).context("waiting for the guest agent's hello")
+}

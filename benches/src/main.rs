@@ -1,0 +1,83 @@
+//! `make bench`: the figures of docs/performance.md, each measured beside its peer in the same run.
+//!
+//! Leaves judging to the page: it prints medians, ratios and the goal of each, and writes the table
+//! between the marks in docs/performance.md.
+
+mod bare_boot;
+mod cold;
+mod exec;
+mod idle;
+mod machine;
+mod peer;
+mod stats;
+mod throughput;
+
+use std::path::PathBuf;
+
+use anyhow::Context as _;
+use clap::Parser;
+use towline_end_to_end::Cluster;
+
+/// Measure Towline beside its peers
+#[derive(Debug, Parser)]
+struct Args {
+    /// Folder of the release binaries
+    #[arg(long)]
+    bin_dir: PathBuf,
+    /// Runs of `tow exec` and of ssh, alternating
+    #[arg(long, default_value_t = 200)]
+    exec_runs: usize,
+    /// Cold starts
+    #[arg(long, default_value_t = 9)]
+    cold_runs: usize,
+    /// Write the table into docs/performance.md
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
+    write: bool,
+}
+
+/// One line of the table.
+#[derive(Clone)]
+struct Row {
+    what: &'static str,
+    goal: &'static str,
+    measured: String,
+    met: bool,
+}
+
+#[expect(clippy::print_stdout, reason = "the table is what it is for")]
+fn main() -> anyhow::Result<()> {
+    let args = Args::parse();
+    let bin_dir = args.bin_dir.canonicalize().context("the folder of the binaries")?;
+    let cluster = Cluster::prepare_in(&bin_dir).map_err(anyhow::Error::msg)?;
+    let rows = [
+        cold::measure(&cluster, args.cold_runs)?,
+        exec::measure(&cluster, args.exec_runs)?,
+        throughput::measure(&cluster)?,
+        idle::measure(&cluster)?,
+    ]
+    .concat();
+    let table = table(&rows);
+    println!("{table}");
+    if args.write { write(&table) } else { Ok(()) }
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut text = format!("{}\n\n", machine::describe());
+    text += "| figure | goal | measured | met |\n|---|---|---|---|\n";
+    for row in rows {
+        let met = if row.met { "yes" } else { "**no**" };
+        text += &format!("| {} | {} | {} | {met} |\n", row.what, row.goal, row.measured);
+    }
+    text
+}
+
+const BEGIN: &str = "<!-- figures: written by make bench -->\n";
+const END: &str = "<!-- end of figures -->";
+
+fn write(table: &str) -> anyhow::Result<()> {
+    let page = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../docs/performance.md");
+    let text = std::fs::read_to_string(&page).context("reading docs/performance.md")?;
+    let (before, rest) = text.split_once(BEGIN).context("the mark before the figures")?;
+    let (_, after) = rest.split_once(END).context("the mark after the figures")?;
+    std::fs::write(&page, format!("{before}{BEGIN}{table}{END}{after}")).context("writing it")
+}

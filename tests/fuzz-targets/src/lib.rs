@@ -1,0 +1,64 @@
+//! What strangers can send, as functions of bytes. `tests/fuzz` drives them with libFuzzer; the kept
+//! corpus is replayed by `make test`. A target fails by panicking.
+
+use bytes::{Bytes, BytesMut};
+use towline_proto::frame;
+use towline_proto::mux::{End, Mux, Read};
+use towline_proto::v1;
+
+/// Frames of any stream, and each message that a frame can hold.
+pub fn frames(bytes: &[u8]) {
+    let mut buffer = BytesMut::from(bytes);
+    while let Ok(Some(frame)) = frame::decode(&mut buffer) {
+        let (offset, data) = frame.split_data().unwrap_or_default();
+        assert!(data.len() <= frame.body.len(), "{offset}");
+        drop(frame.decode::<v1::StreamOpen>());
+        drop(frame.decode::<v1::StreamError>());
+        drop(frame.decode::<v1::DaemonRequest>());
+        drop(frame.decode::<v1::DaemonAnswer>());
+        drop(frame.decode::<v1::ExecStarted>());
+        drop(frame.decode::<v1::ExecExit>());
+        drop(frame.decode::<v1::ExecList>());
+        drop(frame.decode::<v1::SignedTicket>());
+    }
+}
+
+/// What a hostile guest can say: the multiplexer, and the messages on the control stream.
+pub fn guest_messages(bytes: &[u8]) {
+    let mut mux = Mux::new(End::Host);
+    for piece in bytes.chunks(61) {
+        if mux.receive(Bytes::copy_from_slice(piece)).is_err() {
+            break;
+        }
+        let mut out = BytesMut::new();
+        mux.transmit(&mut out, 64 << 10);
+        while let Some((stream, _)) = mux.accept() {
+            let mut into = [0; 512];
+            while let Ok(Read::Data(read)) = mux.read(stream, &mut into) {
+                assert!(read <= into.len());
+            }
+        }
+    }
+    towline_node_agent::guests::fuzz_control(bytes);
+}
+
+/// Index, manifest and config of an OCI image layout.
+pub fn oci_documents(bytes: &[u8]) {
+    towline_images::fuzzing::oci_document(bytes);
+}
+
+/// A layer's tar archive, normalised into a sink.
+pub fn layer_archives(bytes: &[u8]) {
+    towline_images::fuzzing::layer_archive(bytes);
+}
+
+/// A guest's FUSE requests to the local image, and the manifest that a restarted node agent reads.
+pub fn fuse_requests(bytes: &[u8]) {
+    towline_images::fuzzing::fuse_request(bytes);
+    towline_images::fuzzing::local_manifest(bytes);
+}
+
+/// What a hostile guest can send as changed files.
+pub fn sync_frames(bytes: &[u8]) {
+    towline_filesync::wire::fuzz(bytes);
+}
