@@ -3,27 +3,28 @@
 //!
 //! Each VM is confined by landlock and QEMU's own seccomp filter, has no network card, and talks to
 //! the node agent by one serial port only.
-#![expect(unsafe_code, reason = "confining a child happens between fork and exec")]
 
 mod command;
 mod probe;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use futures_util::future::BoxFuture;
-use landlock::RulesetCreated;
-use rustix::process::{Resource, Rlimit, setrlimit, setsid};
 
-use super::confine::{self, Allowed};
+use super::confine::{self, Allowed, Limits};
 use super::vm::{LOG_FILE, ORDERS_SOCKET};
 use super::{Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmSpec, tsc};
 use crate::kernel::Kernel;
 
 const PROGRAM: &str = "qemu-system-x86_64";
+
+/// What QEMU itself may use besides the guest's memory and translated code.
+const OVERHEAD_MIB: u64 = 768;
+/// What it may write to a log where no disk is larger.
+const LOGS_MAX: u64 = 64 << 20;
 
 /// How `accel` is set in the node agent's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -66,7 +67,8 @@ impl Qemu {
         let program = find_program()?;
         let version = version(&program)?;
         let landlock = confine::is_available();
-        let mut missing = Vec::new();
+        let mut missing =
+            vec!["cgroups: a VM's memory is bounded by limits, its CPU and IO are not".to_owned()];
         if !landlock {
             missing.push("landlock: this kernel cannot keep QEMU to its own files".to_owned());
         }
@@ -127,7 +129,7 @@ impl Qemu {
         } else {
             None
         };
-        confine_child(&mut command, rules);
+        confine::apply(&mut command, rules, limits(&spec));
         let child = command.spawn().map_err(|source| HypervisorError::Spawn {
             program: self.program.display().to_string(),
             dir: spec.dir.clone(),
@@ -174,23 +176,12 @@ impl Hypervisor for Qemu {
     }
 }
 
-/// Gives the child a session of its own, no core dumps (they would hold the guest's memory), and
-/// only the files it needs.
-fn confine_child(command: &mut Command, rules: Option<RulesetCreated>) {
-    let mut rules = rules;
-    let confine = move || {
-        setsid()?;
-        setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
-        if let Some(rules) = rules.take() {
-            rules.restrict_self().map_err(|_| io::Error::from(io::ErrorKind::PermissionDenied))?;
-        }
-        Ok(())
-    };
-    // SAFETY: after fork the closure makes system calls on what was prepared before; its error
-    // paths allocate nothing that another thread could hold a lock for but the heap, which glibc
-    // makes usable in a forked child.
-    unsafe {
-        command.pre_exec(confine);
+/// Bounds for the process that hold on any machine; a healthy QEMU stays far below.
+fn limits(spec: &VmSpec) -> Limits {
+    let disk = spec.upper.as_ref().and_then(|path| fs::metadata(path).ok());
+    Limits {
+        data_bytes: (spec.memory_mib + u64::from(command::TRANSLATIONS_MIB) + OVERHEAD_MIB) << 20,
+        file_bytes: disk.map_or(0, |disk| disk.len()).max(LOGS_MAX),
     }
 }
 

@@ -55,7 +55,7 @@ pub struct VmExit {
 
 impl fmt::Display for VmExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the VM's process ended")?;
+        f.write_str("the VM's process (QEMU) ended")?;
         if !self.status.is_empty() {
             write!(f, " ({})", self.status)?;
         }

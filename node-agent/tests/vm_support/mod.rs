@@ -1,10 +1,12 @@
 //! What tests with real VMs share: kernel, initramfs with the echo guest, driver, directories.
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use towline_node_agent::hypervisor::VmIdentity;
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
 use towline_node_agent::{initramfs, kernel};
 
@@ -21,12 +23,30 @@ pub(crate) fn run_async(test: impl Future<Output = ()>) {
         .block_on(test);
 }
 
+/// A VM's directory; a VM that a failed test leaves in it is killed.
+pub(crate) struct VmDir {
+    dir: PathBuf,
+    _guard: TempDir,
+}
+
+impl Drop for VmDir {
+    fn drop(&mut self) {
+        let noted = std::fs::read(self.dir.join("vm.json")).unwrap_or_default();
+        let Ok(noted) = serde_json::from_slice::<VmIdentity>(&noted) else { return };
+        let cwd = std::fs::read_link(format!("/proc/{}/cwd", noted.pid));
+        if cwd.is_ok_and(|cwd| cwd == self.dir) {
+            let _ = Command::new("kill").args(["-KILL", &noted.pid.to_string()]).status();
+        }
+    }
+}
+
 /// A directory of its own for a VM, with a path longer than a socket's address may be.
-pub(crate) fn vm_dir() -> (TempDir, PathBuf) {
+pub(crate) fn vm_dir() -> (VmDir, PathBuf) {
     let guard = tempfile::tempdir().unwrap();
     let dir = guard.path().join("d".repeat(60)).join("e".repeat(60));
     std::fs::create_dir_all(&dir).unwrap();
-    (guard, dir)
+    let dir = std::fs::canonicalize(dir).unwrap();
+    (VmDir { dir: dir.clone(), _guard: guard }, dir)
 }
 
 /// The cache that the product uses too, so that the kernel is downloaded once.

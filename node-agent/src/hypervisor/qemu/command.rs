@@ -14,7 +14,7 @@ use crate::hypervisor::{Accel, HypervisorError, LINK_SOCKET, VmSpec};
 /// leaves the translated block at each copy, `la57` adds a level to each page walk.
 const TCG_CPU: &str = "max,-erms,-fsrm,-smap,-la57,-pku";
 /// Cache of translated code under emulation, per VM, in MiB.
-const TRANSLATIONS_MIB: u32 = 256;
+pub(super) const TRANSLATIONS_MIB: u32 = 256;
 
 pub(super) fn arguments(
     qemu: &Qemu,
