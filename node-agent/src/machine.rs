@@ -87,7 +87,7 @@ impl Machine {
                 FoundVm::Ended { reason: "host restarted".into() }
             }
             Some(_) => FoundVm::Ended {
-                reason: "the VM's process ended while the node agent was away".into(),
+                reason: "the VM's process (QEMU) ended while the node agent was away".into(),
             },
         }
     }

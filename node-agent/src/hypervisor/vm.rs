@@ -143,7 +143,7 @@ impl Vm {
     }
 
     /// Takes a process that was just spawned, and notes its identity in its directory.
-    pub(super) fn started(child: Child, dir: &Path) -> Result<Self, HypervisorError> {
+    pub fn started(child: Child, dir: &Path) -> Result<Self, HypervisorError> {
         let io = HypervisorError::io;
         let pid = i32::try_from(child.id()).unwrap_or(-1);
         let vm = match attach(pid, dir) {
@@ -160,7 +160,7 @@ impl Vm {
 
     /// The VM that runs in this directory with this program: the one noted there, or, when a node
     /// agent died before it could note it, the one that is found.
-    pub(super) fn find(dir: &Path, program: &Path) -> Option<Self> {
+    pub fn find(dir: &Path, program: &Path) -> Option<Self> {
         if let Some(noted) = read_identity(dir)
             && noted.boot_id == boot_id()
             && let Some(vm) = attach(noted.pid, dir)

@@ -70,8 +70,10 @@ fn a_terminal_is_the_commands_own() {
     let tow = towline_end_to_end::cluster::bin_dir().join("tow");
     let tow = tow.to_str().unwrap();
     let terminal = Terminal::start(&cluster.tow_command(&folder, ["x"]), &folder, 100, 30);
-    terminal.line(&format!("{tow} run -t -- stty size"));
+    // Type only at the prompt: what is typed while a command ends is still the command's.
+    terminal.line(&format!("{tow} run -t -- stty size; echo left-1"));
     terminal.wait("30 100", SHORT);
+    terminal.wait("\nleft-1", SHORT);
     resize(&terminal, tow);
     ctrl_c(&terminal, tow);
     detach(&terminal, tow, &cluster, &folder);
@@ -79,13 +81,13 @@ fn a_terminal_is_the_commands_own() {
 
 fn resize(terminal: &Terminal, tow: &str) {
     terminal.line(&format!(
-        "{tow} run -t -- sh -c 'trap \"stty size\" WINCH; echo wait-ing; while :; do sleep 0.2; done'"
+        "{tow} run -t -- sh -c 'trap \"stty size\" WINCH; echo wait-ing; while :; do sleep 0.2; done'; echo left-2"
     ));
     terminal.wait("\nwait-ing", SHORT);
     terminal.resize(91, 27);
     terminal.wait("27 91", SHORT);
     terminal.key("C-c");
-    terminal.wait("$", SHORT);
+    terminal.wait("\nleft-2", SHORT);
 }
 
 fn ctrl_c(terminal: &Terminal, tow: &str) {
