@@ -147,7 +147,7 @@ async fn bulk_passes_unharmed_both_ways_and_a_slow_reader_only_slows() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_refused_ticket_is_renewed_once_and_unnoticed() {
+async fn a_refused_ticket_is_renewed_unnoticed_but_not_for_ever() {
     let setup = setup().await;
     let mut stream = setup.open().await.unwrap();
     echo(&mut stream, b"epoch 0").await;
@@ -163,7 +163,8 @@ async fn a_refused_ticket_is_renewed_once_and_unnoticed() {
     let mut stream = setup.open().await.unwrap();
     let error: towline_proto::v1::StreamError = next(&mut stream).await.unwrap().decode().unwrap();
     assert_eq!(error.code(), StreamErrorCode::Ticket);
-    assert_eq!(world.tickets_issued.load(Ordering::Relaxed), 3);
+    let issued = world.tickets_issued.load(Ordering::Relaxed);
+    assert!((3..10).contains(&issued), "{issued} tickets");
     setup.end().await;
 }
 
@@ -303,14 +304,16 @@ async fn spans_go_to_a_collector_where_there_is_one() {
     let mut stream = client.open(ping("web")).await.unwrap();
     echo(&mut stream, b"traced").await;
     drop(stream);
-    // The last spans are sent when the daemon leaves; a collector that says nothing holds it up
-    // for a bounded time only.
-    assert!(client.shutdown().await.unwrap());
     let accept = tokio::time::timeout(Duration::from_secs(60), collector.accept());
-    let (mut connection, _) = accept.await.expect("an export within a minute").unwrap();
+    let (mut connection, _) = accept
+        .await
+        .unwrap_or_else(|_| panic!("no export within a minute: {}", setup.daemon.log()))
+        .unwrap();
     let mut preface = [0; 14];
     connection.read_exact(&mut preface).await.unwrap();
     assert_eq!(&preface, b"PRI * HTTP/2.0");
+    // A collector that says nothing holds the daemon up for a bounded time only.
+    assert!(client.shutdown().await.unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

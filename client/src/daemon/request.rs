@@ -1,9 +1,9 @@
 //! One stream, from a client's request to its end: who is meant, a ticket, a link, OPEN, and then
 //! bytes both ways.
 //!
-//! A ticket that the node refuses is got anew once, without the client noticing: until the node's
-//! first frame, or [`EARLY_MAX`] bytes, what the client said is kept to be said again. OPEN may be
-//! sent twice therefore; everything that it opens is idempotent by its ids.
+//! A ticket that the node refuses is got anew, without the client noticing: until the node's first
+//! frame, or [`EARLY_MAX`] bytes, what the client said is kept to be said again. OPEN may be sent
+//! more than once therefore; everything that it opens is idempotent by its ids.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -31,6 +31,14 @@ use crate::session::Session;
 
 /// Bytes of a client that are kept until the node's first frame.
 const EARLY_MAX: usize = 64 << 10;
+/// Before each attempt with another ticket: the first refusal means that ours is of an older epoch,
+/// the next ones that the node is starting and has not been told yet who signs tickets.
+const TICKET_PAUSES: [Duration; 4] = [
+    Duration::ZERO,
+    Duration::from_millis(100),
+    Duration::from_millis(400),
+    Duration::from_millis(1000),
+];
 /// Bound on opening a stream of a link that is up.
 const OPEN_MAX: Duration = Duration::from_secs(5);
 
@@ -95,23 +103,27 @@ async fn carry(
         write(&mut dialled, &early).await?;
     }
     let mut finished = false;
-    let first = match first_frame(client, &mut dialled, &mut early, &mut finished).await {
-        First::Frame(frame) if is_ticket_refusal(&frame) => {
-            tracing::debug!(?target, "ticket refused, trying a new one");
-            cluster.tickets.forget(target);
-            dialled = dial(cluster, target, open, true).await?;
-            write(&mut dialled, &early).await?;
-            if finished {
-                dialled.stream.writer.finish().await.map_err(link_broke)?;
+    let mut pauses = TICKET_PAUSES.iter();
+    let first = loop {
+        match first_frame(client, &mut dialled, &mut early, &mut finished).await {
+            First::Frame(frame) if is_ticket_refusal(&frame) => {
+                let Some(pause) = pauses.next() else { break Some(frame) };
+                tracing::debug!(?target, "ticket refused, trying a new one");
+                tokio::time::sleep(*pause).await;
+                cluster.tickets.forget(target);
+                dialled = dial(cluster, target, open, true).await?;
+                write(&mut dialled, &early).await?;
+                if finished {
+                    dialled.stream.writer.finish().await.map_err(link_broke)?;
+                }
             }
-            None
-        }
-        First::Frame(frame) => Some(frame),
-        First::Undecided => None,
-        First::Ended => return Ok(()),
-        First::ClientGone => {
-            dialled.stream.reset(RESET_CANCELLED);
-            return Ok(());
+            First::Frame(frame) => break Some(frame),
+            First::Undecided => break None,
+            First::Ended => return Ok(()),
+            First::ClientGone => {
+                dialled.stream.reset(RESET_CANCELLED);
+                return Ok(());
+            }
         }
     };
     drop(early);
