@@ -14,7 +14,7 @@ pub const IMAGE_BYTES_MAX: u64 = 64 << 30;
 /// Entries of one image's layers together.
 pub const ENTRIES_MAX: u64 = 2_000_000;
 /// Unpacked bytes of a compressed layer that are accepted whatever the ratio.
-pub const RATIO_FLOOR: u64 = 1 << 30;
+pub const RATIO_FLOOR: u64 = 256 << 20;
 /// Beyond the floor, how many times larger than its compressed form a layer may be. System images
 /// are at 2 to 5; an honest layer of zeros has no reason to be sent.
 pub const RATIO_MAX: u64 = 200;
