@@ -36,7 +36,18 @@ pub struct Driver {
     reports: mpsc::Sender<Outgoing>,
     records: mpsc::Sender<Job>,
     registered: watch::Receiver<Option<NodeRegistered>>,
-    work: BTreeMap<SandboxId, JoinHandle<()>>,
+    work: BTreeMap<SandboxId, Task>,
+    _writer: Task,
+}
+
+/// A task that ends with its holder.
+#[derive(Debug)]
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// What the driver is made of.
@@ -61,10 +72,11 @@ impl Driver {
     pub fn new(parts: Parts) -> Self {
         let Parts { core, machine, gates, tunnel, reports, registered } = parts;
         let (records, waiting) = mpsc::channel(RECORDS_MAX);
-        tokio::spawn(write_records(Arc::clone(&machine.store), waiting, machine.inputs.clone()));
+        let writer = write_records(Arc::clone(&machine.store), waiting, machine.inputs.clone());
+        let _writer = Task(tokio::spawn(writer));
         let watcher = Watcher::new();
         let work = BTreeMap::new();
-        Self { core, watcher, machine, gates, tunnel, reports, records, registered, work }
+        Self { core, watcher, machine, gates, tunnel, reports, records, registered, work, _writer }
     }
 
     /// Takes up what an earlier node agent left, then runs until `stop` is ready. VMs live on.
@@ -197,10 +209,8 @@ impl Driver {
     }
 
     fn begin(&mut self, sandbox: SandboxId, work: impl Future<Output = ()> + Send + 'static) {
-        if let Some(old) = self.work.insert(sandbox, tokio::spawn(work)) {
-            // It has told its end, or its run is over.
-            old.abort();
-        }
+        // What was there has told its end, or its run is over.
+        self.work.insert(sandbox, Task(tokio::spawn(work)));
     }
 
     /// Gives up what is being done for a sandbox, waits until it is given up, then does this.
@@ -211,13 +221,13 @@ impl Driver {
     ) {
         let old = self.work.remove(&sandbox);
         let work = tokio::spawn(async move {
-            if let Some(old) = old {
-                old.abort();
-                let _ = old.await;
+            if let Some(mut old) = old {
+                old.0.abort();
+                let _ = (&mut old.0).await;
             }
             then.await;
         });
-        self.work.insert(sandbox, work);
+        self.work.insert(sandbox, Task(work));
     }
 }
 

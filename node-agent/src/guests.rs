@@ -94,6 +94,8 @@ impl Guest {
 #[derive(Debug, Default)]
 pub struct Guests {
     guests: Mutex<BTreeMap<SandboxId, Arc<Guest>>>,
+    /// Their attendants, which end with the table.
+    attendants: Mutex<JoinSet<()>>,
 }
 
 impl Guests {
@@ -144,10 +146,14 @@ pub fn attend(guests: &Arc<Guests>, attendance: Attendance, link: GuestLink, ope
         commands,
     });
     guests.put(Arc::clone(&guest));
-    let guests = Arc::clone(guests);
-    tokio::spawn(async move {
+    let table = Arc::downgrade(guests);
+    let mut attendants = guests.attendants.lock().unwrap_or_else(PoisonError::into_inner);
+    while attendants.try_join_next().is_some() {}
+    attendants.spawn(async move {
         let exit = attendance.until_exit(&guest, link, opened, waiting).await;
-        guests.remove(&guest);
+        if let Some(guests) = table.upgrade() {
+            guests.remove(&guest);
+        }
         let (sandbox, run, reason) = (guest.sandbox, guest.run, exit_reason(&exit));
         tracing::info!(%sandbox, run, reason, "vm ended");
         let _ = attendance.inputs.send(Input::VmExited { sandbox, run, reason }).await;

@@ -146,12 +146,9 @@ impl Vm {
     pub fn started(child: Child, dir: &Path) -> Result<Self, HypervisorError> {
         let io = HypervisorError::io;
         let pid = i32::try_from(child.id()).unwrap_or(-1);
-        let vm = match attach(pid, dir) {
-            Some(vm) => vm,
-            None => {
-                let error = io::Error::other(log_end(&dir.join(LOG_FILE)));
-                return Err(io("watch the process of the VM in", dir)(error));
-            }
+        let Some(vm) = attach(pid, dir) else {
+            let error = io::Error::other(log_end(&dir.join(LOG_FILE)));
+            return Err(io("watch the process of the VM in", dir)(error));
         };
         *vm.child.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
         write_identity(dir, &vm.identity).map_err(io("write the VM's identity in", dir))?;

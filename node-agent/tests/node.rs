@@ -1,0 +1,152 @@
+//! The whole node agent between doubles: what is wanted becomes what is, over restarts and faults,
+//! and streams come in by ticket only.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod node_support;
+
+use node_support::{World, desired, sandbox};
+use towline_proto::v1::stream_open::Kind;
+use towline_proto::v1::{
+    Desired, ExecListOpen, Phase, StreamErrorCode, StreamOpen, Ticket, image_ref,
+};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn wanted_running_stopped_and_gone() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running)]);
+    let running = world.control.until(1, 1, Phase::Running).await;
+    assert_eq!(running.driver, "double");
+    assert_eq!(running.isolation, "vm (emulated: not a security boundary)");
+    assert!(running.image_digest.starts_with("sha256:"), "{}", running.image_digest);
+    assert_eq!(world.control.registered().await.name, "n1");
+
+    let configured = world.doubles.configured(0);
+    assert_eq!((configured.hostname.as_str(), configured.local_image), ("box-1", true));
+    assert_eq!((configured.entropy.len(), configured.resync_marker.len()), (64, 32));
+
+    world.control.want(vec![desired(1, 2, Desired::Stopped)]);
+    world.control.until(1, 2, Phase::Stopped).await;
+    assert!(!world.doubles.is_running(0));
+    world.control.want(vec![desired(1, 3, Desired::Running)]);
+    world.control.until(1, 3, Phase::Running).await;
+    world.control.want(vec![desired(1, 4, Desired::Deleted)]);
+    world.control.until(1, 4, Phase::Gone).await;
+    assert!(!world.doubles.is_running(1));
+    let left = std::fs::read_dir(world.data().join("sandboxes")).unwrap().count();
+    assert_eq!(left, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_come_in_by_a_good_ticket_only() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running)]);
+    world.control.until(1, 1, Phase::Running).await;
+    let laptop = world.laptop().await;
+    let good = world.ticket(&laptop, 1);
+    world.ping(&laptop, &good).await.unwrap();
+
+    let refused = async |ticket: Ticket, code: StreamErrorCode, says: &str| {
+        let error = world.ping(&laptop, &ticket).await.unwrap_err();
+        assert_eq!(error.code(), code, "{}", error.message);
+        assert!(error.message.contains(says), "{}", error.message);
+    };
+    let ticket = StreamErrorCode::Ticket;
+    refused(Ticket { epoch: 2, ..good.clone() }, ticket, "epoch").await;
+    refused(Ticket { not_after_unix_s: 5, ..good.clone() }, ticket, "expired").await;
+    refused(Ticket { node_id: vec![1; 16], ..good.clone() }, ticket, "another node").await;
+    let other = Ticket { client_key_sha256: vec![1; 32], ..good.clone() };
+    refused(other, ticket, "another client").await;
+    refused(Ticket { sandbox_id: vec![], ..good.clone() }, ticket, "ticket for a sandbox").await;
+    let elsewhere = Ticket { sandbox_id: sandbox(2).to_vec(), ..good.clone() };
+    refused(elsewhere, StreamErrorCode::NotRunning, "not here").await;
+    let error = laptop.ping(Vec::new()).await.unwrap_err();
+    assert_eq!(error.code(), ticket);
+
+    // An open stream ends with its sandbox, and no new one comes in.
+    let kind = Some(Kind::ExecList(ExecListOpen {}));
+    let open = StreamOpen { ticket: world.control.signer.sign(&good), kind };
+    let mut held = laptop.open(&open).await;
+    world.ping(&laptop, &good).await.unwrap();
+    world.control.want(vec![desired(1, 2, Desired::Deleted)]);
+    let ended = tokio::time::timeout(node_support::WAIT_MAX, held.reader.next()).await;
+    assert!(ended.expect("the stream ends").is_err(), "it ends by a reset");
+    let error = world.ping(&laptop, &good).await.unwrap_err();
+    assert_eq!(error.code(), StreamErrorCode::NotRunning, "{}", error.message);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_node_agents_vms_live_on_and_are_taken_up() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running), desired(2, 1, Desired::Running)]);
+    world.control.until(1, 1, Phase::Running).await;
+    world.control.until(2, 1, Phase::Running).await;
+    let pids = world.doubles.pids();
+    let first = world.control.link_endpoint();
+    world.kill().await;
+    assert!(world.doubles.is_running(0) && world.doubles.is_running(1));
+    // One of them ends while nobody looks.
+    let second = usize::from(world.doubles.configured(1).hostname == "box-2");
+    world.doubles.end(second);
+    world.control.forget();
+    world.start();
+    world.control.until(1, 1, Phase::Running).await;
+    let stopped = world.control.until(2, 1, Phase::Stopped).await;
+    assert!(stopped.reason.contains("ended while the node agent was away"), "{}", stopped.reason);
+    assert_eq!(world.doubles.pids(), pids, "nothing was started anew");
+    assert!(world.doubles.sessions(1 - second) >= 2);
+    assert_eq!(world.control.link_endpoint(), first, "laptops find it where it was");
+    let laptop = world.laptop().await;
+    world.ping(&laptop, &world.ticket(&laptop, 1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_not_wanted_any_more_is_destroyed_after_a_restart() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running), desired(2, 1, Desired::Running)]);
+    world.control.until(1, 1, Phase::Running).await;
+    world.control.until(2, 1, Phase::Running).await;
+    world.kill().await;
+    world.control.want(vec![desired(1, 2, Desired::Deleted)]);
+    world.control.forget();
+    world.start();
+    world.control.until(1, 2, Phase::Gone).await;
+    let sandboxes = world.data().join("sandboxes");
+    let gone = async {
+        while std::fs::read_dir(&sandboxes).unwrap().count() > 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(node_support::WAIT_MAX, gone).await.expect("the second is removed too");
+    assert!(!world.doubles.is_running(0) && !world.doubles.is_running(1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_vm_and_failures_are_told_with_their_reason() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    let mut unknown = desired(2, 1, Desired::Running);
+    let image = unknown.spec.as_mut().unwrap().image.as_mut().unwrap();
+    image.source = Some(image_ref::Source::Oci("nope:1".into()));
+    unknown.image_digest = format!("sha256:{}", "1".repeat(64));
+    let mut large = desired(3, 1, Desired::Running);
+    large.spec.as_mut().unwrap().shape.as_mut().unwrap().memory_mib = 4096;
+    world.control.want(vec![desired(1, 1, Desired::Running), unknown, large]);
+    world.control.until(1, 1, Phase::Running).await;
+    world.doubles.end(0);
+    let stopped = world.control.until(1, 1, Phase::Stopped).await;
+    assert!(stopped.reason.contains("signal: 9"), "{}", stopped.reason);
+    let failed = world.control.until(2, 1, Phase::Failed).await;
+    assert!(failed.reason.contains("tow image import"), "{}", failed.reason);
+    let failed = world.control.until(3, 1, Phase::Failed).await;
+    assert!(failed.reason.contains("the sandbox needs 4096"), "{}", failed.reason);
+
+    *world.doubles.refuse_boot.lock().unwrap() = Some("no luck today".into());
+    world.control.want(vec![desired(1, 2, Desired::Running)]);
+    let failed = world.control.until(1, 2, Phase::Failed).await;
+    assert!(failed.reason.contains("no luck today"), "{}", failed.reason);
+}
