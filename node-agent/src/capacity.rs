@@ -24,8 +24,7 @@ pub const EMBEDDED_DISK_OVERSUBSCRIPTION: u64 = 4;
 
 /// What this node offers.
 pub fn capacity(config: &Config) -> io::Result<Capacity> {
-    let cpus = std::thread::available_parallelism()?.get();
-    let cpus = u32::try_from(cpus).unwrap_or(u32::MAX).saturating_mul(CPU_OVERSUBSCRIPTION);
+    let cpus = machine_cpus()?.saturating_mul(CPU_OVERSUBSCRIPTION);
     let percent = if config.embedded { EMBEDDED_MEMORY_PERCENT } else { NODE_MEMORY_PERCENT };
     let disk = disk_mib(&config.data_dir)?;
     let factor = if config.embedded { EMBEDDED_DISK_OVERSUBSCRIPTION } else { 1 };
@@ -34,6 +33,12 @@ pub fn capacity(config: &Config) -> io::Result<Capacity> {
         memory_mib: config.memory_mib.unwrap_or(memory_mib()? * percent / 100),
         disk_mib: config.disk_mib.unwrap_or(disk * factor),
     })
+}
+
+/// CPUs of this machine: a sandbox has no more.
+pub fn machine_cpus() -> io::Result<u32> {
+    let cpus = std::thread::available_parallelism()?.get();
+    Ok(u32::try_from(cpus).unwrap_or(u32::MAX))
 }
 
 fn memory_mib() -> io::Result<u64> {

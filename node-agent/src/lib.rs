@@ -26,6 +26,7 @@ pub mod kernel;
 mod local_image;
 pub mod machine;
 pub mod membership;
+pub mod memory;
 pub mod store;
 mod streams;
 pub mod tunnel;
@@ -142,6 +143,7 @@ pub async fn run(
             drivers: vec![driver_info(hypervisor.as_ref())],
             embedded: config.embedded,
             version: env!("CARGO_PKG_VERSION").into(),
+            machine_cpus: capacity::machine_cpus()?,
         });
         let renewal = membership.clone().renew_forever(config.control_plane.clone());
         let uplink = Uplink {

@@ -87,7 +87,7 @@ fn consider(node: &v1::Node, pending: Resources, want: &Want) -> Result<(u64, v1
     if !node.drivers.iter().any(|driver| driver.isolation() == want.isolation) {
         return Err(Passed::NoDriver);
     }
-    let cpus = node.capacity.map_or(0, |capacity| capacity.cpus);
+    let cpus = cpus_of(node);
     let shape = complete(&want.shape, cpus);
     if shape.cpus > cpus {
         return Err(Passed::Smaller(cpus));
@@ -96,6 +96,12 @@ fn consider(node: &v1::Node, pending: Resources, want: &Want) -> Result<(u64, v1
     let amount = Resources::of_shape(&shape);
     fits(limits, reserved, amount).map_err(Passed::Short)?;
     Ok((limits.minus(reserved.plus(amount)).memory_mib, shape))
+}
+
+/// Most CPUs that one sandbox can have there: the machine's, however often they are promised.
+fn cpus_of(node: &v1::Node) -> u32 {
+    let offered = node.capacity.map_or(0, |capacity| capacity.cpus);
+    if node.machine_cpus == 0 { offered } else { offered.min(node.machine_cpus) }
 }
 
 /// Fills in what the request left to default, for a node with so many CPUs.
@@ -147,7 +153,7 @@ fn short_of(
             (pick(free), pick(limits), *id, *node)
         })
         .max_by_key(|(free, ..)| *free)?;
-    let wanted = pick(Resources::of_shape(&complete(&want.shape, node.capacity?.cpus)));
+    let wanted = pick(Resources::of_shape(&complete(&want.shape, cpus_of(node))));
     let (say, what): (fn(u64) -> String, _) = match short {
         Short::Cpus => (|n| n.to_string(), "CPUs"),
         Short::Memory => (amount, "memory"),

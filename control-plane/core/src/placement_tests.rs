@@ -12,8 +12,13 @@ fn node(n: u8, cpus: u32, memory_gib: u64, embedded: bool) -> NodeRecord {
         name: format!("n{n}"),
         epoch: 1,
         state: NodeState::Ready.into(),
-        capacity: Some(Capacity { cpus, memory_mib: memory_gib << 10, disk_mib: 100 << 10 }),
+        capacity: Some(Capacity {
+            cpus: cpus * 8,
+            memory_mib: memory_gib << 10,
+            disk_mib: 100 << 10,
+        }),
         drivers: vec![driver],
+        machine_cpus: cpus,
         embedded,
         ..Default::default()
     };

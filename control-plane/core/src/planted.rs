@@ -8,7 +8,6 @@ mod switches {
     thread_local! {
         static FITS_SKIPPED: Cell<bool> = const { Cell::new(false) };
         static DEDUP_SKIPPED: Cell<bool> = const { Cell::new(false) };
-        static STALE_ACCEPTED: Cell<bool> = const { Cell::new(false) };
     }
 
     /// Plants or removes: `fits()` says yes to everything.
@@ -21,21 +20,12 @@ mod switches {
         DEDUP_SKIPPED.set(on);
     }
 
-    /// Plants or removes: reports of an older generation or epoch are believed.
-    pub fn plant_stale_accepted(on: bool) {
-        STALE_ACCEPTED.set(on);
-    }
-
     pub(crate) fn fits_skipped() -> bool {
         FITS_SKIPPED.get()
     }
 
     pub(crate) fn dedup_skipped() -> bool {
         DEDUP_SKIPPED.get()
-    }
-
-    pub(crate) fn stale_accepted() -> bool {
-        STALE_ACCEPTED.get()
     }
 }
 
@@ -48,12 +38,8 @@ mod switches {
     pub(crate) const fn dedup_skipped() -> bool {
         false
     }
-
-    pub(crate) const fn stale_accepted() -> bool {
-        false
-    }
 }
 
-pub(crate) use switches::{dedup_skipped, fits_skipped, stale_accepted};
+pub(crate) use switches::{dedup_skipped, fits_skipped};
 #[cfg(feature = "planted-bugs")]
-pub use switches::{plant_dedup_skipped, plant_fits_skipped, plant_stale_accepted};
+pub use switches::{plant_dedup_skipped, plant_fits_skipped};

@@ -5,11 +5,6 @@ use towline_proto::v1;
 
 use crate::planted;
 
-/// vCPUs that an embedded node lends per CPU it has: its sandboxes are one person's and mostly idle.
-pub const CPU_SHARE_EMBEDDED: u64 = 8;
-/// vCPUs that any other node lends per CPU.
-pub const CPU_SHARE: u64 = 1;
-
 /// An amount of each resource.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Resources {
@@ -93,13 +88,6 @@ impl From<Resources> for v1::Capacity {
             disk_mib: amount.disk_mib,
         }
     }
-}
-
-/// Most that may be reserved on a node of this capacity.
-pub fn limits(capacity: &v1::Capacity, embedded: bool) -> Resources {
-    let share = if embedded { CPU_SHARE_EMBEDDED } else { CPU_SHARE };
-    let offered = Resources::from(capacity);
-    Resources { cpus: offered.cpus.saturating_mul(share), ..offered }
 }
 
 /// What there is too little of.

@@ -219,6 +219,7 @@ pub(crate) fn register(memory_mib: u64) -> v1::NodeReport {
         drivers: vec![driver],
         embedded: true,
         version: "test".into(),
+        machine_cpus: 8,
     }))
 }
 

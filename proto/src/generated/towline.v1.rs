@@ -212,6 +212,9 @@ pub struct Node {
     pub embedded: bool,
     #[prost(string, tag = "10")]
     pub version: ::prost::alloc::string::String,
+    /// CPUs that the machine has: a sandbox has no more. `capacity` may promise each several times.
+    #[prost(uint32, tag = "11")]
+    pub machine_cpus: u32,
 }
 /// A driver and its capability flags, which placement reads.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1507,6 +1510,9 @@ pub struct RegisterNode {
     pub embedded: bool,
     #[prost(string, tag = "7")]
     pub version: ::prost::alloc::string::String,
+    /// CPUs that the machine has: a sandbox has no more. `capacity` may promise each several times.
+    #[prost(uint32, tag = "8")]
+    pub machine_cpus: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Heartbeat {

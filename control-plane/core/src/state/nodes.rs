@@ -11,7 +11,7 @@ use towline_proto::v1::{self, NodeRecord, NodeState};
 use super::sandboxes::node_id;
 use super::{Changes, Done, State};
 use crate::refusal::Refusal;
-use crate::resources::{Resources, Short, fits, limits};
+use crate::resources::{Resources, Short, fits};
 
 /// Nodes, by id and by name.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -91,7 +91,7 @@ impl State {
         let capacity = said.capacity.unwrap_or_default();
         let epoch = known.epoch + 1;
         let reserved = known.reserved.unwrap_or_default();
-        let ceiling = limits(&capacity, said.embedded).max(Resources::from(&reserved));
+        let ceiling = Resources::from(&capacity).max(Resources::from(&reserved));
         let node = v1::Node {
             id: id.to_vec(),
             name: said.name.clone(),
@@ -103,6 +103,7 @@ impl State {
             drivers: said.drivers.clone(),
             embedded: said.embedded,
             version: said.version.clone(),
+            machine_cpus: said.machine_cpus,
         };
         let record = NodeRecord {
             node: Some(node),
@@ -154,9 +155,9 @@ pub(crate) fn is_silent(record: &NodeRecord) -> bool {
     record.node.as_ref().is_some_and(|node| node.state() == NodeState::Suspect)
 }
 
-/// Most that may be reserved on it.
+/// Most that may be reserved on it: what it offers (the node agent knows what it lends twice).
 pub(crate) fn limits_of(node: &v1::Node) -> Resources {
-    limits(&node.capacity.unwrap_or_default(), node.embedded)
+    node.capacity.as_ref().map(Resources::from).unwrap_or_default()
 }
 
 /// What is reserved on it.

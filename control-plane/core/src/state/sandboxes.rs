@@ -11,7 +11,6 @@ use towline_proto::v1::{self, Desired, Phase, SandboxRecord};
 
 use super::{Changes, Done, State};
 use crate::names;
-use crate::planted;
 use crate::refusal::{Refusal, RefusalKind};
 use crate::resources::{Resources, Short, amount};
 
@@ -273,7 +272,7 @@ impl State {
         let node = node_id(&report.node_id)?;
         let known = self.nodes.get(node).and_then(|record| record.node.as_ref());
         let epoch = known.map(|node| node.epoch);
-        if epoch != Some(report.node_epoch) && !planted::stale_accepted() {
+        if epoch != Some(report.node_epoch) {
             return Err(Refusal::precondition(format!(
                 "{node} registered again since: this session is over"
             )));
@@ -292,7 +291,7 @@ impl State {
         let seen = sandbox.observed.as_ref().map_or(0, |o| o.generation);
         let stale = observed.epoch != sandbox.epoch || observed.generation < seen;
         if sandbox.node_id != node.as_bytes()
-            || (stale && !planted::stale_accepted())
+            || stale
             || observed.generation > sandbox.generation
             || !may_report(observed.phase())
             || (runs(observed.phase()) && !record.computing)
