@@ -4,6 +4,7 @@
 //! guest agent. What a guest sends is checked here before it touches anything.
 
 pub mod exec;
+pub mod files;
 pub mod guest;
 pub mod import;
 pub mod terminal;

@@ -156,7 +156,7 @@ fn compile(text: &[u8]) -> Gitignore {
 }
 
 /// Files that only mean something to a process on their own side.
-fn is_nobodys(path: &TreePath) -> bool {
+pub fn is_nobodys(path: &TreePath) -> bool {
     let name = path.name();
     if path.components().next().is_some_and(|first| OWN_NAMES.contains(&first)) {
         return true;

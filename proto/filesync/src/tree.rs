@@ -92,6 +92,12 @@ impl Root {
         Ok(sys::fdatasync(&fd)?)
     }
 
+    /// Bytes that an ordinary user may still write to the file system.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        let stat = sys::fstatvfs(&self.fd)?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
     /// Waits until everything written is on the disk.
     pub fn sync(&self) -> io::Result<()> {
         Ok(sys::syncfs(&self.fd)?)

@@ -181,8 +181,9 @@ impl Stage {
         remove_tree(&parent, path.name(), 0)
     }
 
-    /// Moves a finished file to a path that is free, for things kept aside; parents are made.
-    pub fn put_aside(&mut self, path: &TreePath, staged: Staged) -> io::Result<Outcome> {
+    /// Moves a finished file to a path that is free, for things kept aside; parents are made. Gives
+    /// it back when something is there.
+    pub fn try_aside(&mut self, path: &TreePath, staged: Staged) -> io::Result<Option<Staged>> {
         let mut parents = Vec::new();
         let mut parent = path.parent();
         while let Some(directory) = parent {
@@ -194,7 +195,12 @@ impl Stage {
                 self.directory(directory, 0o755, None)?;
             }
         }
-        self.put(path, staged, None)
+        let parent = self.root.parent(path)?;
+        match self.place_new(&parent, path, &staged) {
+            Ok(()) => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Some(staged)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Removes the staging directory. What could not be put back stays, and is named.
