@@ -118,6 +118,7 @@ impl Images {
             built.manifest
         };
         let manifest = self.shared(manifest);
+        crate::memory::give_back();
         let digest = manifest.digest().to_string();
         let server = local::serve(manifest, &self.root).map_err(failed)?;
         let config = ImageConfig::default();

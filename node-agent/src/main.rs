@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use towline_link::telemetry;
 use towline_node_agent::config::Config;
-use towline_node_agent::{prepare, start};
+use towline_node_agent::{memory, prepare, start};
 
 /// Runs sandboxes as microVMs on this machine.
 #[derive(Debug, Parser)]
@@ -29,6 +29,7 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    memory::be_frugal();
     let arguments = Arguments::parse();
     let result = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
