@@ -20,6 +20,7 @@ pub mod parse;
 pub mod sandbox;
 pub mod session;
 pub mod spec;
+pub mod sync;
 pub mod tunnel;
 pub mod user;
 

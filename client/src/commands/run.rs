@@ -24,7 +24,7 @@ use crate::spec::{self, EnvArgs, SpecArgs};
 use crate::tunnel::exec::Ended;
 use crate::tunnel::guest::Guest;
 use crate::tunnel::tty::{self, TtyArgs};
-use crate::{ids, sandbox, user};
+use crate::{ids, sandbox, sync, user};
 
 /// Arguments of `tow run`.
 #[derive(Debug, Args)]
@@ -285,27 +285,4 @@ fn turn(folder: &ProjectFolder) -> anyhow::Result<File> {
     flock(&file, FlockOperation::LockExclusive)
         .context("waiting for another `tow` in this folder")?;
     Ok(file)
-}
-
-/// The folder's way in and back.
-mod sync {
-    use super::{Env, Guest, ProjectFolder, v1};
-
-    pub(super) async fn before(
-        _guest: &Guest<'_>,
-        _found: &v1::Sandbox,
-        _folder: &ProjectFolder,
-        _env: &Env,
-    ) -> anyhow::Result<()> {
-        Ok(())
-    }
-
-    pub(super) async fn after(
-        _guest: &Guest<'_>,
-        _found: &v1::Sandbox,
-        _folder: &ProjectFolder,
-        _env: &Env,
-    ) -> anyhow::Result<()> {
-        Ok(())
-    }
 }
