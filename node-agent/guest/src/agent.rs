@@ -53,7 +53,7 @@ pub async fn run(mut sessions: GuestSessions) {
     // A new session ends the streams of the one before, and so its tasks; this only makes it sure.
     let mut current = JoinSet::new();
     while let Some(session) = sessions.next().await {
-        current.abort_all();
+        current.shutdown().await;
         current.spawn(serve_session(Arc::clone(&agent), session));
     }
 }

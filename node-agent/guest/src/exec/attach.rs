@@ -193,7 +193,12 @@ impl Attachment {
     {
         loop {
             match reader.next().await {
-                Ok(Some(frame)) => self.take(&frame)?,
+                Ok(Some(frame)) => {
+                    if frame.is(FrameKind::Stdin) {
+                        self.exec.until(|state| state.takes_input().then_some(())).await;
+                    }
+                    self.take(&frame)?;
+                }
                 Ok(None) => return Ok(Over::Left),
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     return Err(Refusal::invalid(error.to_string()));
@@ -349,7 +354,9 @@ impl Attachment {
                     // Sent before the client knew that another took over, or by a mere reader.
                     return Ok(());
                 }
-                if eof { state.stdin.finish(offset) } else { state.stdin.push(offset, &bytes) }
+                state.with_stdin(|stdin| {
+                    if eof { stdin.finish(offset) } else { stdin.push(offset, &bytes) }
+                })
             })
         } else {
             Err(Refusal::invalid(format!("a frame of kind {} is not for an exec", frame.kind)))

@@ -139,21 +139,21 @@ impl Child {
 
     /// Returns only a failure.
     fn try_run(&mut self) -> (Stage, i32) {
-        let steps: [(Stage, fn(&mut Self) -> bool); 4] = [
-            (Stage::Namespaces, Self::enter),
-            (Stage::Terminal, Self::take_stdio),
-            (Stage::User, Self::become_user),
-            (Stage::WorkingDirectory, Self::change_directory),
-        ];
-        for (stage, step) in steps {
-            if !step(self) {
-                return (stage, errno());
-            }
-        }
-        self.execute()
+        let failed = if !self.enter() {
+            Stage::Namespaces
+        } else if !self.take_stdio() {
+            Stage::Terminal
+        } else if !self.become_user() {
+            Stage::User
+        } else if !self.change_directory() {
+            Stage::WorkingDirectory
+        } else {
+            return self.execute();
+        };
+        (failed, errno())
     }
 
-    fn enter(&mut self) -> bool {
+    fn enter(&self) -> bool {
         // SAFETY: plain system calls with constants, valid C strings and open descriptors.
         unsafe {
             // The agent's protection from the OOM killer must not be inherited.
@@ -177,7 +177,7 @@ impl Child {
         true
     }
 
-    fn take_stdio(&mut self) -> bool {
+    fn take_stdio(&self) -> bool {
         // SAFETY: plain system calls on open descriptors. All are above 2 (the agent keeps 0 to 2
         // open), so no dup2 overwrites one that is still needed; the rest closes at execve.
         unsafe {
@@ -198,7 +198,7 @@ impl Child {
         true
     }
 
-    fn become_user(&mut self) -> bool {
+    fn become_user(&self) -> bool {
         let Some(user) = &self.plan.user else { return true };
         // SAFETY: the groups are valid for their length. Raw calls: glibc's would signal the
         // threads that this copy does not have.
@@ -209,7 +209,7 @@ impl Child {
         }
     }
 
-    fn change_directory(&mut self) -> bool {
+    fn change_directory(&self) -> bool {
         // SAFETY: a valid C string.
         unsafe { libc::chdir(self.plan.cwd.as_ptr()) == 0 }
     }

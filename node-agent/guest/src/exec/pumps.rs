@@ -11,13 +11,15 @@ use rustix::io::Errno;
 use towline_proto::limits::{DATA_CHUNK_MAX, DETACHED_OUTPUT_MAX, UNACKED_MAX};
 
 use super::output::Output;
-use super::stdin::Next;
+use super::stdin::{Next, Stdin};
 use super::{Exec, Life, State, spool};
 use crate::nonblocking::NonBlocking;
 
-/// Output of all execs together that is kept in memory before each is held to one chunk: the agent
+/// Bytes of all execs together that are kept in memory before each is held to little: the agent
 /// must stay small beside the workload.
-const HELD_MAX: usize = 128 << 20;
+const HELD_MAX: usize = 24 << 20;
+/// What each output and input may keep then.
+const PRESSED_MAX: usize = 16 << 10;
 /// Bytes kept in memory for all execs.
 static HELD: AtomicUsize = AtomicUsize::new(0);
 
@@ -38,8 +40,8 @@ impl State {
 
     /// Bytes that may still be read from the process.
     fn room(&mut self, which: Which) -> usize {
-        let bound = if HELD.load(Ordering::Relaxed) > HELD_MAX {
-            DATA_CHUNK_MAX
+        let bound = if is_pressed() {
+            PRESSED_MAX
         } else if self.is_owned() {
             UNACKED_MAX
         } else {
@@ -51,10 +53,23 @@ impl State {
 
     /// Changes an output and keeps the count of all memory right.
     pub(crate) fn with_output<T>(&mut self, which: Which, f: impl FnOnce(&mut Output) -> T) -> T {
-        let output = self.output(which);
-        let before = output.held();
-        let result = f(output);
-        let after = output.held();
+        self.counted(|state| f(state.output(which)))
+    }
+
+    /// Changes the input and keeps the count of all memory right.
+    pub(crate) fn with_stdin<T>(&mut self, f: impl FnOnce(&mut Stdin) -> T) -> T {
+        self.counted(|state| f(&mut state.stdin))
+    }
+
+    /// Whether more input may be taken: always a little, more while memory is left.
+    pub(crate) fn takes_input(&self) -> bool {
+        !is_pressed() || self.stdin.held() < PRESSED_MAX
+    }
+
+    fn counted<T>(&mut self, f: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.held();
+        let result = f(self);
+        let after = self.held();
         if after >= before {
             HELD.fetch_add(after - before, Ordering::Relaxed);
         } else {
@@ -62,11 +77,19 @@ impl State {
         }
         result
     }
+
+    fn held(&self) -> usize {
+        self.stdin.held() + self.stdout.held() + self.stderr.held()
+    }
+}
+
+fn is_pressed() -> bool {
+    HELD.load(Ordering::Relaxed) > HELD_MAX
 }
 
 impl Drop for State {
     fn drop(&mut self) {
-        HELD.fetch_sub(self.stdout.held() + self.stderr.held(), Ordering::Relaxed);
+        HELD.fetch_sub(self.held(), Ordering::Relaxed);
     }
 }
 
@@ -140,11 +163,7 @@ async fn keep(exec: &Exec, which: Which, bytes: &[u8]) {
         }
     }
     exec.change(|state| {
-        let keep = if HELD.load(Ordering::Relaxed) > HELD_MAX {
-            DATA_CHUNK_MAX
-        } else {
-            DETACHED_OUTPUT_MAX
-        };
+        let keep = if is_pressed() { PRESSED_MAX } else { DETACHED_OUTPUT_MAX };
         state.with_output(which, |output| {
             let keep = (!output.holds_back()).then_some(keep);
             output.push(bytes, keep);
@@ -169,7 +188,7 @@ pub(crate) async fn pump_stdin(exec: Arc<Exec>, to: Arc<NonBlocking>, terminal: 
                 match written {
                     Ok(len) => {
                         last = bytes[..len].last().copied().unwrap_or(last);
-                        exec.change(|state| state.stdin.advance(len));
+                        exec.change(|state| state.with_stdin(|stdin| stdin.advance(len)));
                     }
                     // The process has closed its input.
                     Err(_) => break,
@@ -183,7 +202,7 @@ pub(crate) async fn pump_stdin(exec: Arc<Exec>, to: Arc<NonBlocking>, terminal: 
             Next::Close | Next::Dead => break,
         }
     }
-    exec.change(|state| state.stdin.kill());
+    exec.change(|state| state.with_stdin(Stdin::kill));
 }
 
 /// A terminal has no end of input: its reader sees one when the end-of-file character is typed, twice

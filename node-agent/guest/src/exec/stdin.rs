@@ -35,6 +35,11 @@ impl Stdin {
         self.consumed + self.queue.len() as u64
     }
 
+    /// Bytes in memory.
+    pub(crate) fn held(&self) -> usize {
+        self.queue.len()
+    }
+
     /// Takes bytes from a client.
     pub(crate) fn push(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Refusal> {
         let accepted = self.accepted();

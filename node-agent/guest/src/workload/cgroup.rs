@@ -83,12 +83,9 @@ impl Cgroups {
 
     /// Removes cgroups of ended execs whose last process has gone since.
     fn sweep(&self) {
-        // Removing one that is in use fails; one that a child is about to be cloned into is open
-        // but empty, and a clone into a removed one fails: so only those that have ended go.
+        // Never one that a child is about to be cloned into: only what an ended exec has marked.
         for path in self.exec_paths() {
-            if path.join("memory.oom.group").exists()
-                && fs::read(path.join("memory.oom.group")).is_ok_and(|v| v == b"0\n")
-            {
+            if fs::read(path.join("memory.oom.group")).is_ok_and(|value| value == b"0\n") {
                 let _ = fs::remove_dir(path);
             }
         }

@@ -1,0 +1,314 @@
+//! A VM with the real guest agent for tests: driver, layer, disk, configuration, commands.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use towline_node_agent::guest_link::GuestLink;
+use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
+use towline_node_agent::hypervisor::{Hypervisor, Vm, VmSpec};
+use towline_node_agent::{disks, initramfs, kernel};
+use towline_proto::frame::{Frame, FrameKind};
+use towline_proto::v1::{
+    ExecAck, ExecExit, ExecOpen, ExecStart, GuestConfigure, StreamError, StreamOpen, User,
+    exec_open::How, exit_status, stream_open::Kind,
+};
+use towline_streams::{FrameReader, FrameWriter, MuxRecv, MuxSend, Priority};
+
+pub(crate) const SECRET: [u8; 32] = [0x5e; 32];
+/// A boot, or anything else, on a machine where everything else runs too.
+pub(crate) const BOOT_MAX: Duration = Duration::from_secs(90);
+pub(crate) const PROCESSES_MAX: u32 = 60;
+
+/// What the tests run; each is taken from this machine with its libraries.
+const PROGRAMS: [&str; 19] = [
+    "bash", "sh", "cat", "head", "tail", "ls", "id", "stat", "dd", "df", "rm", "mkdir", "sleep",
+    "stty", "tty", "uname", "touch", "mount", "perl",
+];
+pub(crate) struct Guest {
+    pub(crate) vm: Machine,
+    pub(crate) link: GuestLink,
+    pub(crate) next_key: std::cell::Cell<u8>,
+}
+
+/// A VM that does not outlive a test that fails.
+pub(crate) struct Machine(pub(crate) Vm);
+
+impl std::ops::Deref for Machine {
+    type Target = Vm;
+
+    fn deref(&self) -> &Vm {
+        &self.0
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+    }
+}
+
+/// How a command went.
+#[derive(Debug, Default)]
+pub(crate) struct Outcome {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+    pub(crate) reason: String,
+    pub(crate) refused: Option<StreamError>,
+}
+
+impl Guest {
+    /// Boots with the test's layer, and configures.
+    pub(crate) async fn boot(driver: &Qemu, dir: &Path) -> Option<Self> {
+        let mut guest = Self::boot_only(driver, dir, vec![layer()?]).await;
+        let configure = GuestConfigure { layers: 1, ..configuration() };
+        guest.link.configure(&guest.vm, &configure, BOOT_MAX).await.unwrap();
+        Some(guest)
+    }
+
+    /// Boots to the hello.
+    pub(crate) async fn boot_only(driver: &Qemu, dir: &Path, layers: Vec<PathBuf>) -> Self {
+        let upper = dir.join("upper.img");
+        disks::create(&cache_dir(), &upper, 96).unwrap();
+        let spec = VmSpec {
+            cpus: 1,
+            memory_mib: 320,
+            layers,
+            upper: Some(upper),
+            dir: dir.to_owned(),
+            console: std::env::var_os("TOWLINE_TEST_CONSOLE").is_some(),
+        };
+        let vm = Machine(driver.boot(&spec).await.unwrap());
+        let link = GuestLink::connect(&vm, SECRET, BOOT_MAX).await.unwrap();
+        assert!(!link.hello.configured);
+        Self { vm, link, next_key: std::cell::Cell::new(0) }
+    }
+
+    pub(crate) async fn run(&self, argv: &[&str]) -> Outcome {
+        self.run_as(start(argv)).await
+    }
+
+    pub(crate) async fn run_as_root(&self, script: &str) -> Outcome {
+        let user = Some(User { name: "root".into(), ..User::default() });
+        self.run_as(ExecStart { user, ..start(&["sh", "-c", script]) }).await
+    }
+
+    pub(crate) async fn run_as(&self, what: ExecStart) -> Outcome {
+        let (mut reader, mut writer) = self.open(what).await;
+        writer.send_data(FrameKind::StdinEof, 0, &[]).await.unwrap();
+        to_the_end(&mut reader, &mut writer).await
+    }
+
+    pub(crate) async fn open(
+        &self,
+        what: ExecStart,
+    ) -> (FrameReader<MuxRecv>, FrameWriter<MuxSend>) {
+        self.next_key.set(self.next_key.get() + 1);
+        let exec_id = vec![self.next_key.get(); 16];
+        self.open_stream(Kind::Exec(ExecOpen { exec_id, how: Some(How::Start(what)) })).await
+    }
+
+    pub(crate) async fn open_stream(
+        &self,
+        kind: Kind,
+    ) -> (FrameReader<MuxRecv>, FrameWriter<MuxSend>) {
+        let (send, recv) = self.link.open(Priority::Interactive).unwrap();
+        let mut writer = FrameWriter::new(send);
+        let open = StreamOpen { kind: Some(kind), ..StreamOpen::default() };
+        writer.send_message(FrameKind::Open, &open).await.unwrap();
+        (FrameReader::new(recv), writer)
+    }
+}
+
+/// The configuration but for the image.
+pub(crate) fn configuration() -> GuestConfigure {
+    GuestConfigure {
+        resync_marker: SECRET.to_vec(),
+        hostname: "first-light".into(),
+        unix_ns: 1_800_000_000_000_000_000,
+        entropy: vec![7; 64],
+        machine_id: vec![0xab; 16],
+        folder: b"/home/ann/project".to_vec(),
+        user: Some(User {
+            name: "ann".into(),
+            uid: 1000,
+            gid: 1000,
+            home: b"/home/ann".to_vec(),
+            ..User::default()
+        }),
+        env: vec![b"FROM_IMAGE=yes".to_vec()],
+        processes_max: PROCESSES_MAX,
+        ..GuestConfigure::default()
+    }
+}
+
+/// The cache that the product uses too, so that the kernel is downloaded once.
+fn cache_dir() -> PathBuf {
+    let base = std::env::var_os("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")));
+    base.unwrap_or_else(std::env::temp_dir).join("towline")
+}
+
+/// A directory of its own for a VM.
+pub(crate) fn vm_dir() -> (TempDir, PathBuf) {
+    let guard = tempfile::tempdir().unwrap();
+    let dir = std::fs::canonicalize(guard.path()).unwrap();
+    (guard, dir)
+}
+
+pub(crate) fn run_async(test: impl Future<Output = ()>) {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(test);
+}
+
+pub(crate) fn start(argv: &[&str]) -> ExecStart {
+    let argv = argv.iter().map(|argument| argument.as_bytes().to_vec()).collect();
+    ExecStart { argv, ..ExecStart::default() }
+}
+
+pub(crate) async fn frame(reader: &mut FrameReader<MuxRecv>) -> Frame {
+    let next = tokio::time::timeout(BOOT_MAX, reader.next()).await.expect("a frame in time");
+    next.unwrap().expect("a frame before the end")
+}
+
+pub(crate) async fn until_shown(reader: &mut FrameReader<MuxRecv>, words: &str) -> String {
+    let mut shown = String::new();
+    while !shown.contains(words) {
+        let frame = frame(reader).await;
+        if !frame.is(FrameKind::Started) && !frame.is(FrameKind::Ack) {
+            assert!(frame.is(FrameKind::Stdout), "{shown:?} and then {frame:?}");
+            shown += &String::from_utf8_lossy(&frame.split_data().unwrap().1);
+        }
+    }
+    shown
+}
+
+pub(crate) async fn message<M: prost::Message + Default>(
+    reader: &mut FrameReader<MuxRecv>,
+    kind: FrameKind,
+) -> M {
+    let frame = frame(reader).await;
+    assert!(frame.is(kind), "{kind:?} expected, not {frame:?}");
+    frame.decode().unwrap()
+}
+
+pub(crate) async fn to_the_end(
+    reader: &mut FrameReader<MuxRecv>,
+    writer: &mut FrameWriter<MuxSend>,
+) -> Outcome {
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    loop {
+        let frame = frame(reader).await;
+        if frame.is(FrameKind::Stdout) || frame.is(FrameKind::Stderr) {
+            let into = if frame.is(FrameKind::Stdout) { &mut stdout } else { &mut stderr };
+            into.extend_from_slice(&frame.split_data().unwrap().1);
+            let ack = ExecAck {
+                stdout_offset: stdout.len() as u64,
+                stderr_offset: stderr.len() as u64,
+                ..ExecAck::default()
+            };
+            let _ = writer.send_message(FrameKind::Ack, &ack).await;
+        } else if frame.is(FrameKind::Exit) {
+            let status = frame.decode::<ExecExit>().unwrap().status.unwrap();
+            let code = match status.how.unwrap() {
+                exit_status::How::Code(code) => code,
+                exit_status::How::Signal(signal) => 128 + signal,
+            };
+            let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+            let (stdout, stderr) = (text(stdout), text(stderr));
+            return Outcome { code, stdout, stderr, reason: status.reason, refused: None };
+        } else if frame.is(FrameKind::Error) {
+            return Outcome { refused: Some(frame.decode().unwrap()), ..Outcome::default() };
+        }
+    }
+}
+
+pub(crate) async fn driver() -> Option<Qemu> {
+    if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
+        eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
+        return None;
+    }
+    let cache = cache_dir();
+    let kernel = match kernel::ensure(&cache, &|text| eprintln!("{text}")) {
+        Ok(kernel) => kernel,
+        Err(error @ kernel::KernelError::Tool { .. }) => {
+            eprintln!("SKIPPED: no guest kernel: {error}");
+            return None;
+        }
+        Err(error) => panic!("{error:?}"),
+    };
+    let initramfs = initramfs::ensure(&cache, &kernel, &guest_agent()).unwrap();
+    let config = QemuConfig { cache_dir: cache, kernel, initramfs, accel: AccelChoice::Auto };
+    Some(Qemu::new(config).await.unwrap())
+}
+
+/// The static guest agent: the one named by the environment, or built now.
+fn guest_agent() -> PathBuf {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    if let Some(given) = std::env::var_os("TOWLINE_GUEST_AGENT") {
+        return given.into();
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let target_dir =
+        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let built = Command::new(env!("CARGO"))
+        .current_dir(root)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .args(["build", "-q", "-p", "towline-guest-agent", "--profile", "guest"])
+        .args(["--target", TARGET])
+        .status()
+        .unwrap();
+    assert!(built.success(), "building the guest agent: {built}");
+    target_dir.join(TARGET).join("guest/towline-guest-agent")
+}
+
+/// A layer of this machine's own shell and tools with their libraries, made once per test run.
+pub(crate) fn layer() -> Option<PathBuf> {
+    let folder = std::env::temp_dir().join(format!("towline-vm-exec-{}", std::process::id()));
+    let image = folder.join("layer.sq");
+    if image.exists() {
+        return Some(image);
+    }
+    let root = folder.join("root");
+    for name in ["usr/bin", "etc", "root"] {
+        std::fs::create_dir_all(root.join(name)).unwrap();
+    }
+    for name in ["bin", "lib", "lib64"] {
+        std::fs::create_dir_all(root.join("usr").join(name)).unwrap();
+        std::os::unix::fs::symlink(format!("usr/{name}"), root.join(name)).unwrap();
+    }
+    let mut files = BTreeSet::new();
+    for program in PROGRAMS {
+        let path = Path::new("/usr/bin").join(program);
+        assert!(path.exists(), "{} is on every Debian", path.display());
+        let libraries = Command::new("ldd").arg(&path).output().unwrap().stdout;
+        let libraries = String::from_utf8(libraries).unwrap();
+        files.extend(
+            libraries.split_whitespace().filter(|word| word.starts_with('/')).map(PathBuf::from),
+        );
+        files.insert(path);
+    }
+    for file in files {
+        let target = root.join(file.strip_prefix("/").unwrap());
+        std::fs::create_dir_all(target.parent().unwrap()).unwrap();
+        std::fs::copy(&file, target).unwrap();
+    }
+    let made = Command::new("mksquashfs")
+        .args([&root, &image])
+        .args(["-comp", "lz4", "-all-root", "-no-progress", "-quiet"])
+        .status();
+    let Ok(made) = made else {
+        eprintln!("SKIPPED: mksquashfs is not installed (package squashfs-tools)");
+        return None;
+    };
+    assert!(made.success(), "{made}");
+    Some(image)
+}
