@@ -155,6 +155,7 @@ fn failed<'a>(
 }
 
 #[cfg(test)]
+#[expect(clippy::print_stderr, reason = "a skipped test says why")]
 mod tests {
     use super::*;
     use std::os::unix::fs::MetadataExt;

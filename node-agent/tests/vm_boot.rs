@@ -1,5 +1,11 @@
 //! A real microVM with the smallest guest that speaks the guest link: boots, answers, carries bytes,
 //! and is taken over after a kill -9 of the process that started it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::print_stdout,
+    reason = "a test says what it measured"
+)]
 
 mod vm_support;
 

@@ -26,8 +26,9 @@ pub const WINDOW: u32 = 256 << 10;
 pub const PIECE_MAX: usize = (32 << 10) - HEADER_LEN;
 /// Bytes that one stream keeps to be sent before its writer waits.
 pub const SEND_BUFFER_MAX: usize = 64 << 10;
-/// Streams that a guest may have open towards the node at once.
-pub const GUEST_OPENED_MAX: usize = 1024;
+/// Streams that a guest may have open towards the node at once (control, file system, and a few
+/// that are ending): their windows together bound what a hostile guest makes a node hold, 16 MiB.
+pub const GUEST_OPENED_MAX: usize = 64;
 /// Refusals waiting to be sent; a peer that causes more without reading is cut off.
 const REFUSALS_MAX: usize = 1024;
 /// A DATA frame that would carry less than this waits for the next batch.

@@ -109,6 +109,7 @@ fn add(
 }
 
 #[cfg(test)]
+#[expect(clippy::print_stderr, reason = "a skipped test says why")]
 mod tests {
     use super::*;
     use std::fs;

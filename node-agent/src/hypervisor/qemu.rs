@@ -144,10 +144,18 @@ impl Qemu {
             read: paths(&[
                 "/usr/share/qemu",
                 "/usr/share/seabios",
+                "/usr/local/share/qemu",
                 "/etc/ld.so.cache",
                 "/dev/urandom",
             ]),
-            execute: paths(&["/usr/lib", "/lib", "/lib64", "/usr/lib64", "/usr/libexec"]),
+            execute: paths(&[
+                "/usr/lib",
+                "/lib",
+                "/lib64",
+                "/usr/lib64",
+                "/usr/libexec",
+                "/usr/local/lib",
+            ]),
             write: paths(&["/dev/null"]),
             own: vec![spec.dir.clone()],
         };

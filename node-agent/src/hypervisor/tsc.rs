@@ -35,6 +35,7 @@ fn measure() -> Option<u64> {
 }
 
 #[cfg(test)]
+#[expect(clippy::print_stderr, reason = "a skipped test says why")]
 mod tests {
     #[test]
     fn the_rate_is_that_of_a_processor() {

@@ -1,5 +1,10 @@
 //! What tests with real VMs share: kernel, initramfs with the echo guest, driver, directories.
-#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a part of each test program"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,4 +1,9 @@
 //! Both drivers over one pipe that outlives the host: sessions start, die and start again.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "a test that fails, fails here"
+)]
 
 use std::io;
 use std::pin::Pin;
