@@ -58,6 +58,7 @@ pub(crate) struct Replica {
     role: StateRole,
     role_changes: u64,
     ticks: u64,
+    applied: u64,
     /// Messages that may go once the write of this number is on disk.
     held: BTreeMap<u64, Vec<v1::RaftMessage>>,
     /// Snapshots on their way: member to tick of sending.
@@ -111,6 +112,7 @@ impl Replica {
             role: StateRole::Follower,
             role_changes: 0,
             ticks: 0,
+            applied: start.base.0,
             held: BTreeMap::new(),
             sending: BTreeMap::new(),
         };
@@ -175,6 +177,7 @@ impl Replica {
     pub(crate) fn persisted(&mut self, number: u64) -> Vec<Effect> {
         self.raw.on_persist_ready(number);
         self.pin_timeout();
+        self.applied(self.applied);
         let later = self.held.split_off(&(number + 1));
         let free: Vec<_> =
             std::mem::replace(&mut self.held, later).into_values().flatten().collect();
@@ -291,9 +294,15 @@ impl Replica {
         Ok(())
     }
 
+    /// What is applied up to `index`. raft hears of it when it is on disk too: a snapshot is
+    /// applied before it is.
     pub(crate) fn applied(&mut self, index: u64) {
-        self.raw.advance_apply_to(index);
-        self.pin_timeout();
+        self.applied = index;
+        let log = &self.raw.raft.raft_log;
+        if index > log.applied && index <= log.persisted {
+            self.raw.advance_apply_to(index);
+            self.pin_timeout();
+        }
     }
 
     fn send(&mut self, messages: Vec<eraftpb::Message>, round: &mut Round) {
