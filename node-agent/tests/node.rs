@@ -6,9 +6,13 @@
 mod node_support;
 
 use node_support::{World, desired, sandbox};
+use towline_images::fixture::{Layer, Layout};
+use towline_link::stream::LinkStream;
+use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
-    Desired, ExecListOpen, Phase, StreamErrorCode, StreamOpen, Ticket, image_ref,
+    Desired, ExecListOpen, ImageImportOpen, ImageImported, Phase, StreamError, StreamErrorCode,
+    StreamOpen, Ticket, image_ref,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -149,4 +153,82 @@ async fn a_killed_vm_and_failures_are_told_with_their_reason() {
     world.control.want(vec![desired(1, 2, Desired::Running)]);
     let failed = world.control.until(1, 2, Phase::Failed).await;
     assert!(failed.reason.contains("no luck today"), "{}", failed.reason);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_that_a_laptop_sends_is_what_a_sandbox_runs() {
+    let Some(mut world) = World::new().await else { return };
+    if std::process::Command::new("mksquashfs").arg("-version").output().is_err() {
+        node_support::print_skipped("mksquashfs (squashfs-tools) is not installed");
+        return;
+    }
+    world.start();
+    world.control.registered().await;
+    let laptop = world.laptop().await;
+    let images = Ticket { sandbox_id: vec![], ..world.ticket(&laptop, 1) };
+    let layer = Layer::new().folder("bin", 0o755).file("bin/tool", 0o755, b"tool");
+    let layout = Layout::new(vec![layer.finish()]);
+    let ticket = world.control.signer.sign(&images);
+    let import = |ticket| {
+        let kind = Some(Kind::ImageImport(ImageImportOpen { name: "tool:1".into() }));
+        StreamOpen { ticket, kind }
+    };
+    let mut stream = laptop.open(&import(ticket.clone())).await;
+    let mut archive = layout.archive();
+    for piece in archive.chunks(1000).chain([&[][..]]) {
+        let frame = Frame::raw(FrameKind::ImportData, piece.to_vec());
+        stream.writer.send(&frame).await.unwrap();
+    }
+    let imported: ImageImported = answer(&mut stream, FrameKind::Imported).await.decode().unwrap();
+    assert_eq!((imported.digest.clone(), imported.layers), (layout.files().1.to_string(), 1));
+
+    let mut wanted = desired(1, 1, Desired::Running);
+    let image = wanted.spec.as_mut().unwrap().image.as_mut().unwrap();
+    image.source = Some(image_ref::Source::Oci("tool:1".into()));
+    wanted.image_digest = imported.digest.clone();
+    world.control.want(vec![wanted]);
+    let running = world.control.until(1, 1, Phase::Running).await;
+    assert_eq!(running.image_digest, imported.digest);
+    assert_eq!(world.doubles.configured(0).layers, 1);
+
+    // A damaged archive, and one that is cut off, are refused, the former with its reason.
+    let middle = archive.len() / 2;
+    archive[middle..middle + 200].fill(7);
+    let mut stream = laptop.open(&import(ticket.clone())).await;
+    for piece in [&archive[..], &[]] {
+        let frame = Frame::raw(FrameKind::ImportData, piece.to_vec());
+        stream.writer.send(&frame).await.unwrap();
+    }
+    let error: StreamError = answer(&mut stream, FrameKind::Error).await.decode().unwrap();
+    assert_eq!(error.code(), StreamErrorCode::Invalid, "{}", error.message);
+    let mut stream = laptop.open(&import(ticket)).await;
+    stream.writer.finish().await.unwrap();
+    answer(&mut stream, FrameKind::Error).await;
+}
+
+/// The first frame that is not progress.
+async fn answer(stream: &mut LinkStream, wanted: FrameKind) -> Frame {
+    loop {
+        let next = tokio::time::timeout(node_support::WAIT_MAX, stream.reader.next());
+        let frame = next.await.expect("an answer").unwrap().expect("a frame");
+        if !frame.is(FrameKind::ImportProgress) {
+            assert!(frame.is(wanted), "{:?}", frame.decode::<StreamError>());
+            return frame;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_control_plane_that_was_away_is_told_everything_again() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running)]);
+    world.control.until(1, 1, Phase::Running).await;
+    world.control.cut();
+    // Meanwhile the VM ends.
+    world.doubles.end(0);
+    world.control.forget();
+    let stopped = world.control.until(1, 1, Phase::Stopped).await;
+    assert!(stopped.reason.contains("signal: 9"), "{}", stopped.reason);
+    assert_eq!(world.doubles.pids().len(), 1, "it is not started again by itself");
 }

@@ -39,6 +39,8 @@ struct Shared {
     history: Mutex<Vec<(SandboxId, Phase)>>,
     registered: watch::Sender<Option<RegisterNode>>,
     keys: Vec<TicketKey>,
+    /// Counts cuts: sessions of before end.
+    cuts: watch::Sender<u32>,
 }
 
 pub(crate) struct ControlPlane {
@@ -63,6 +65,7 @@ impl ControlPlane {
             history: Mutex::default(),
             registered: watch::Sender::new(None),
             keys: vec![signer.public_key()],
+            cuts: watch::Sender::new(0),
         });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap().to_string();
@@ -87,6 +90,11 @@ impl ControlPlane {
     pub(crate) fn forget(&self) {
         self.shared.observed.send_replace(Known::new());
         self.shared.registered.send_replace(None);
+    }
+
+    /// Ends all sessions; new ones are welcome.
+    pub(crate) fn cut(&self) {
+        self.shared.cuts.send_modify(|cuts| *cuts += 1);
     }
 
     /// Waits until a sandbox is reported in a phase, at a generation.
@@ -149,11 +157,12 @@ async fn session(shared: Arc<Shared>, mut up: Streaming<NodeReport>, down: Down)
     };
     say(&down, Directive::Registered(registered)).await?;
     shared.registered.send_replace(Some(register));
-    let mut desired = shared.desired.subscribe();
+    let (mut desired, mut cuts) = (shared.desired.subscribe(), shared.cuts.subscribe());
     tell(&down, &mut desired).await?;
     say(&down, Directive::Bookmark(Bookmark { revision: 1 })).await?;
     loop {
         tokio::select! {
+            _ = cuts.changed() => return None,
             changed = desired.changed() => {
                 changed.ok()?;
                 tell(&down, &mut desired).await?;

@@ -204,6 +204,6 @@ pub(crate) fn store(ca: &CertificateAuthority, role: Role, name: &str) -> CertSt
 }
 
 #[expect(clippy::print_stderr, reason = "a test says why it is skipped")]
-fn print_skipped(why: &str) {
+pub(crate) fn print_skipped(why: &str) {
     eprintln!("SKIPPED: {why}");
 }
