@@ -397,6 +397,8 @@ fn a_home_and_toolchains_behind_symlinks_are_found() {
     symlink("/data/home/u", machine.path("data/home/u/.pyenv")).unwrap();
     symlink("/", machine.path("data/home/u/.nvm")).unwrap();
     symlink("../v", machine.path("data/home/u/go")).unwrap();
+    symlink("/data", machine.path("data/home/u/.volta")).unwrap();
+    machine.write("data/dump.sql", SECRET.as_bytes());
     machine.write("etc/passwd", b"v:x:1001:1001::/home/v:/bin/sh\n");
     symlink("circle", machine.path("data/home/u/circle")).unwrap();
     symlink("circle", machine.path("data/home/u/.sdkman")).unwrap();
@@ -408,7 +410,7 @@ fn a_home_and_toolchains_behind_symlinks_are_found() {
     assert_eq!(guest.read("data/home/u/.cargo/bin/cargo").unwrap(), b"cargo");
     assert_eq!(guest.read("data/rust/toolchains/stable/bin/rustc").unwrap(), b"rustc");
     assert_eq!(guest.read("data/opt/tool").unwrap(), b"tool");
-    for path in ["data/home/u/diary", "data/home/v/diary", "data/rust/.netrc"] {
+    for path in ["data/home/u/diary", "data/home/v/diary", "data/rust/.netrc", "data/dump.sql"] {
         assert_eq!(guest.find(path), Err(ENOENT), "{path}");
     }
     read_all(&guest);
