@@ -395,3 +395,35 @@ async fn measure_opening_and_bulk() {
     writeln!(std::io::stderr(), "{line}").unwrap();
     setup.end().await;
 }
+
+/// With a cluster that runs (`tow up`) and a sandbox in it: `TOWLINE_MEASURE_SANDBOX=name cargo test
+/// -p towline-client --test daemon -- --ignored --nocapture measure_pings`
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement, not a check"]
+async fn measure_pings() {
+    use std::io::Write;
+    use std::time::Instant;
+    let Some(name) = std::env::var_os("TOWLINE_MEASURE_SANDBOX") else {
+        writeln!(std::io::stderr(), "SKIPPED: TOWLINE_MEASURE_SANDBOX is not set").unwrap();
+        return;
+    };
+    let place = towline_client::daemon::place::Place::discover().unwrap();
+    let program = vec![env!("CARGO_BIN_EXE_tow").into(), "daemon".into()];
+    let client =
+        towline_client::daemon::client::DaemonClient::new(place, "").unwrap().with_program(program);
+    for guest in [false, true] {
+        let mut took = Vec::new();
+        for _ in 0..200 {
+            let mut request = ping(name.to_str().unwrap());
+            request.open.as_mut().unwrap().kind = Some(Kind::Ping(PingOpen { guest }));
+            let start = Instant::now();
+            let mut stream = client.open(request).await.unwrap();
+            let answer = next(&mut stream).await;
+            assert!(answer.as_ref().is_some_and(|f| f.is(FrameKind::Pong)), "{answer:?}");
+            took.push(start.elapsed());
+        }
+        took.sort();
+        let line = format!("ping, guest {guest}: p50 {:?}, p99 {:?}", took[100], took[198]);
+        writeln!(std::io::stderr(), "{line}").unwrap();
+    }
+}
