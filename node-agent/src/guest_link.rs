@@ -10,7 +10,7 @@ use std::time::Duration;
 use rustix::rand::{GetRandomFlags, getrandom};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use towline_proto::frame::FrameKind;
 use towline_proto::limits::GUEST_PROTOCOL;
 use towline_proto::v1::stream_open::Kind;
@@ -23,6 +23,8 @@ use crate::hypervisor::{LINK_SOCKET, Vm, VmExit, connect};
 
 /// How often the socket of a VMM that is just starting is tried.
 const RETRY: Duration = Duration::from_millis(2);
+/// How long after its socket the end of a VMM's process may be seen.
+const EXIT_SEEN_MAX: Duration = Duration::from_secs(2);
 /// Longest string that is taken from a guest's hello.
 const HELLO_TEXT_MAX: usize = 256;
 
@@ -223,9 +225,10 @@ async fn until_exit<T>(
             biased;
             result = work => match result {
                 // A VMM that dies cuts its socket a moment before its end is seen.
-                Err(GuestLinkError::Io(_)) if !vm.is_running() => {
-                    Err(GuestLinkError::Exited(vm.wait_exit().await))
-                }
+                Err(GuestLinkError::Io(error)) => match timeout(EXIT_SEEN_MAX, vm.wait_exit()).await {
+                    Ok(exit) => Err(GuestLinkError::Exited(exit)),
+                    Err(_) => Err(GuestLinkError::Io(error)),
+                },
                 other => other,
             },
             exit = vm.wait_exit() => Err(GuestLinkError::Exited(exit)),

@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use towline_node_agent::guest_link::{GuestLink, GuestLinkError};
+use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu};
 use towline_node_agent::hypervisor::{Accel, Hypervisor, VmSpec};
 use towline_streams::{MuxHandle, Priority};
-use vm_support::{BOOT_MAX, SECRET, driver, run_async, vm_dir};
+use vm_support::{BOOT_MAX, SECRET, config, driver, run_async, vm_dir};
 
 /// Names the VM's directory to a child of the test that plays the node agent.
 const CHILD_DIR: &str = "TOWLINE_TEST_VM_CHILD_DIR";
@@ -137,6 +138,41 @@ fn vm_that_ends_at_boot_says_so_and_does_not_hang() {
         assert!(error.to_string().contains("waited 50ms for"), "{error}");
         vm.kill().unwrap();
         vm.wait_exit().await;
+    });
+}
+
+#[test]
+fn vm_whose_kernel_is_damaged_is_an_error_with_the_reason() {
+    run_async(async {
+        let Some(mut config) = config() else { return };
+        config.accel = AccelChoice::Tcg;
+        config.kernel.vmlinux = config.kernel.modules.join("order");
+        let driver = Qemu::new(config).await.unwrap();
+        let (_guard, dir) = vm_dir();
+        let error = match driver.boot(&spec(&dir)).await {
+            Ok(vm) => GuestLink::connect(&vm, SECRET, BOOT_MAX).await.unwrap_err().to_string(),
+            Err(error) => format!("{error}: {:?}", std::error::Error::source(&error)),
+        };
+        assert!(error.contains("exit status: 1") && error.contains("kernel"), "{error}");
+    });
+}
+
+#[test]
+fn vm_with_an_impossible_shape_is_refused_before_anything_starts() {
+    run_async(async {
+        let Some(driver) = driver().await else { return };
+        let (_guard, dir) = vm_dir();
+        let good = spec(&dir);
+        for (wrong, why) in [
+            (VmSpec { cpus: 0, ..good.clone() }, "at least one CPU"),
+            (VmSpec { memory_mib: 10, ..good.clone() }, "needs 96 MiB"),
+            (VmSpec { upper: Some(dir.join("no.img")), ..good.clone() }, "not a file"),
+            (VmSpec { layers: vec![dir.clone(); 17], ..good.clone() }, "at most 16"),
+        ] {
+            let error = driver.boot(&wrong).await.unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
+        assert!(driver.adopt(&dir).unwrap().is_none());
     });
 }
 

@@ -143,11 +143,14 @@ impl Vm {
     }
 
     /// Takes a process that was just spawned, and notes its identity in its directory.
-    pub fn started(child: Child, dir: &Path) -> Result<Self, HypervisorError> {
+    pub fn started(mut child: Child, dir: &Path) -> Result<Self, HypervisorError> {
         let io = HypervisorError::io;
         let pid = i32::try_from(child.id()).unwrap_or(-1);
         let Some(vm) = attach(pid, dir) else {
-            let error = io::Error::other(log_end(&dir.join(LOG_FILE)));
+            // It is a zombie: it has ended already.
+            let status = child.wait().map(|status| status.to_string()).unwrap_or_default();
+            let log = log_end(&dir.join(LOG_FILE));
+            let error = io::Error::other(VmExit { status, log }.to_string());
             return Err(io("watch the process of the VM in", dir)(error));
         };
         *vm.child.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);

@@ -64,12 +64,17 @@ pub(crate) fn cache_dir() -> PathBuf {
 
 /// The driver with the echo guest; `None`, with a word why, where a VM cannot be run at all.
 pub(crate) async fn driver() -> Option<Qemu> {
+    Some(Qemu::new(config()?).await.unwrap())
+}
+
+/// What that driver is made of.
+pub(crate) fn config() -> Option<QemuConfig> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
         return None;
     }
-    let cache = cache_dir();
-    let kernel = match kernel::ensure(&cache, &|text| eprintln!("{text}")) {
+    let cache_dir = cache_dir();
+    let kernel = match kernel::ensure(&cache_dir, &|text| eprintln!("{text}")) {
         Ok(kernel) => kernel,
         Err(error @ kernel::KernelError::Tool { .. }) => {
             eprintln!("SKIPPED: no guest kernel: {error}");
@@ -77,9 +82,8 @@ pub(crate) async fn driver() -> Option<Qemu> {
         }
         Err(error) => panic!("{error:?}"),
     };
-    let initramfs = initramfs::ensure(&cache, &kernel, &echo_guest()).unwrap();
-    let config = QemuConfig { cache_dir: cache, kernel, initramfs, accel: AccelChoice::Auto };
-    Some(Qemu::new(config).await.unwrap())
+    let initramfs = initramfs::ensure(&cache_dir, &kernel, &echo_guest()).unwrap();
+    Some(QemuConfig { cache_dir, kernel, initramfs, accel: AccelChoice::Auto })
 }
 
 /// Builds the static echo guest, which is quick when it is there.
