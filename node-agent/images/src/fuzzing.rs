@@ -92,6 +92,6 @@ fn small_server(root: OwnedFd) -> Server {
     push(Kind::Symlink, 0, 0, 1, b"c", b"a/d", 0);
     push(Kind::File, 1, 4, 1, b"d", b"", u64::MAX);
     let bytes = writer.finish().expect("a small image fits");
-    let manifest = Manifest::parse(&bytes).expect("what we write can be read");
+    let manifest = Manifest::parse(bytes).expect("what we write can be read");
     Server::new(Arc::new(manifest), root)
 }

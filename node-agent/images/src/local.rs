@@ -7,7 +7,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -88,16 +88,17 @@ pub fn build(cache: &Path, root: &Path, home: &Path) -> Result<Built, LocalError
     let folder = cache.join("images/local");
     let keep = |what, source| LocalError::Io { what, path: folder.clone(), source };
     std::fs::create_dir_all(&folder).map_err(|e| keep("make", e))?;
-    let manifest = Manifest::parse(&bytes)
+    let manifest = Manifest::parse(bytes)
         .map_err(|source| LocalError::Damaged { path: folder.clone(), source })?;
     let id = manifest.digest();
     let path = folder.join(format!("{}.manifest", id.hex()));
-    if std::fs::metadata(&path).is_ok_and(|found| found.len() == bytes.len() as u64) {
+    if std::fs::metadata(&path).is_ok_and(|found| found.len() == manifest.bytes().len() as u64) {
         // Used now: the newest are kept.
         let touched = File::options().append(true).open(&path);
         let _ = touched.and_then(|file| file.set_modified(std::time::SystemTime::now()));
     } else {
-        write_whole(&folder, &path, &bytes).map_err(|e| keep("write a manifest in", e))?;
+        write_whole(&folder, &path, manifest.bytes())
+            .map_err(|e| keep("write a manifest in", e))?;
         forget_old(&folder);
     }
     Ok(Built { id, path, manifest: Arc::new(manifest), summary, denied: denied.collect() })
@@ -106,10 +107,9 @@ pub fn build(cache: &Path, root: &Path, home: &Path) -> Result<Built, LocalError
 /// Opens a manifest that [`build`] wrote, for a server of a sandbox that lives on.
 pub fn open(path: &Path) -> Result<Arc<Manifest>, LocalError> {
     let read = |source| LocalError::Io { what: "read", path: path.to_owned(), source };
-    let mut bytes = Vec::new();
-    File::open(path).and_then(|mut file| file.read_to_end(&mut bytes)).map_err(read)?;
+    let bytes = std::fs::read(path).map_err(read)?;
     let damaged = |source| LocalError::Damaged { path: path.to_owned(), source };
-    Ok(Arc::new(Manifest::parse(&bytes).map_err(damaged)?))
+    Ok(Arc::new(Manifest::parse(bytes).map_err(damaged)?))
 }
 
 /// Makes a server of an image of the machine under `root`.

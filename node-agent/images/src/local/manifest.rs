@@ -82,14 +82,17 @@ pub struct Manifest {
     digest: Digest,
     devices: Vec<u64>,
     count: u32,
-    records: Vec<u8>,
-    strings: Vec<u8>,
+    /// The file as it is: tens of megabytes, so held once.
+    bytes: Vec<u8>,
+    records_at: usize,
+    strings_at: usize,
 }
 
 impl Manifest {
     /// Checks a manifest's bytes.
-    pub fn parse(bytes: &[u8]) -> Result<Manifest, BadManifest> {
-        let digest = Digest::of(bytes);
+    pub fn parse(bytes: impl Into<Vec<u8>>) -> Result<Manifest, BadManifest> {
+        let bytes = bytes.into();
+        let digest = Digest::of(&bytes);
         let mut rest = bytes.strip_prefix(MAGIC).ok_or(BadManifest("wrong beginning"))?;
         let count = take_u32(&mut rest)?;
         let strings_len = take_u32(&mut rest)? as usize;
@@ -104,16 +107,10 @@ impl Manifest {
         if rest.len() != devices_len * 8 + records_len + strings_len {
             return Err(BadManifest("truncated"));
         }
-        let (devices, rest) = rest.split_at(devices_len * 8);
-        let devices = devices.chunks_exact(8).map(le_u64).collect();
-        let (records, strings) = rest.split_at(records_len);
-        let manifest = Manifest {
-            digest,
-            devices,
-            count,
-            records: records.to_vec(),
-            strings: strings.to_vec(),
-        };
+        let devices = rest[..devices_len * 8].chunks_exact(8).map(le_u64).collect();
+        let strings_at = bytes.len() - strings_len;
+        let records_at = strings_at - records_len;
+        let manifest = Manifest { digest, devices, count, bytes, records_at, strings_at };
         manifest.check()?;
         Ok(manifest)
     }
@@ -163,6 +160,11 @@ impl Manifest {
     /// Returns the image's id.
     pub fn digest(&self) -> Digest {
         self.digest
+    }
+
+    /// Returns the manifest as it is written to a file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
     }
 
     /// Returns how many entries there are.
@@ -224,11 +226,11 @@ impl Manifest {
     }
 
     fn string(&self, offset: u32, len: usize) -> Option<&[u8]> {
-        self.strings.get(offset as usize..)?.get(..len)
+        self.bytes[self.strings_at..].get(offset as usize..)?.get(..len)
     }
 
     fn record(&self, index: u32) -> &[u8] {
-        &self.records[index as usize * RECORD..][..RECORD]
+        &self.bytes[self.records_at + index as usize * RECORD..][..RECORD]
     }
 
     fn decode(&self, raw: &[u8]) -> Entry {
