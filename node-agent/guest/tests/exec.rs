@@ -1,6 +1,8 @@
 //! The exec engine as an ordinary process of this machine, over in-memory streams: statuses,
 //! terminals, signals, resumption, bounds, hostile clients.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+
 mod support;
 
 use std::time::Duration;

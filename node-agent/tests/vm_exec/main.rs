@@ -1,6 +1,8 @@
 //! The real guest agent in a real microVM: configured with a squashfs layer, or the machine's own
 //! system over FUSE, and an ext4 disk, it runs commands and survives what they do to the machine.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+
 mod guest;
 mod local_image;
 
@@ -185,10 +187,13 @@ impl Guest {
 
     /// `reboot` in a pid namespace ends its init: the next command finds a new one.
     async fn check_reboot_inside(&self) {
+        let (mut other, mut other_writer) = self.open(start(&["cat"])).await;
+        let _started: ExecStarted = message(&mut other, FrameKind::Started).await;
         // reboot(LINUX_REBOOT_CMD_RESTART) on x86-64.
         let script = "syscall(169, 0xfee1dead, 672274793, 0x01234567, 0); sleep 60";
-        let out = self.run_as_root(&format!("perl -e '{script}'")).await;
-        assert_eq!(out.code, 137, "{out:?}");
+        self.run_as_root(&format!("perl -e '{script}'")).await;
+        let ended = to_the_end(&mut other, &mut other_writer).await;
+        assert_eq!(ended.code, 137, "all of the workload ends with its init: {ended:?}");
         self.eventually_runs().await;
     }
 
