@@ -30,8 +30,10 @@ const READ_ROOM: usize = 128 << 10;
 const READ_ROOM_MIN: usize = 4 << 10;
 /// Reads taken before it is written again.
 const READS_PER_ROUND: usize = 16;
-/// How long a guest waits before it asks its port again while no node is connected.
+/// How long a guest waits before it asks its port again while no node is connected: at first, and
+/// at most, doubling between.
 const ABSENT_PAUSE: Duration = Duration::from_millis(5);
+const ABSENT_PAUSE_MAX: Duration = Duration::from_millis(80);
 
 pub(super) async fn run_host<S>(
     io: S,
@@ -87,6 +89,7 @@ where
     let mut current: Option<(Arc<Shared>, EndOnDrop)> = None;
     let mut found = Vec::new();
     let mut pause: Option<Pin<Box<Sleep>>> = None;
+    let mut absent_pause = ABSENT_PAUSE;
     poll_fn(|cx| {
         loop {
             let wrote = match &current {
@@ -134,8 +137,12 @@ where
                     }
                 }
             }
+            if read {
+                absent_pause = ABSENT_PAUSE;
+            }
             if absent {
-                pause = Some(Box::pin(sleep(ABSENT_PAUSE)));
+                pause = Some(Box::pin(sleep(absent_pause)));
+                absent_pause = (absent_pause * 2).min(ABSENT_PAUSE_MAX);
             } else if !wrote && !read {
                 return Poll::Pending;
             }
