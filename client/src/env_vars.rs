@@ -14,6 +14,8 @@ pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
 pub const XDG_DATA_HOME: &str = "XDG_DATA_HOME";
 /// Base of the cache folder; `~/.cache` when unset.
 pub const XDG_CACHE_HOME: &str = "XDG_CACHE_HOME";
+/// Base of the state folder; `~/.local/state` when unset.
+pub const XDG_STATE_HOME: &str = "XDG_STATE_HOME";
 /// Base of the runtime folder; a 0700 folder in the temp directory when unset.
 pub const XDG_RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
 /// Uses this context instead of the current one.
@@ -60,6 +62,11 @@ pub fn config_dir() -> Result<PathBuf, NoHome> {
 /// Returns `$XDG_DATA_HOME/towline`: the embedded cluster's member and node.
 pub fn data_dir() -> Result<PathBuf, NoHome> {
     Ok(base(XDG_DATA_HOME, ".local/share")?.join("towline"))
+}
+
+/// Returns `$XDG_STATE_HOME/towline`: what is known of folders and their sandboxes.
+pub fn state_dir() -> Result<PathBuf, NoHome> {
+    Ok(base(XDG_STATE_HOME, ".local/state")?.join("towline"))
 }
 
 /// Returns the cache of guest kernels and image layers.

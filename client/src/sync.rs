@@ -3,14 +3,40 @@
 //! Leaves all of the work to `tunnel/files.rs`. Before a command everything edited here is in the
 //! sandbox; after it, everything it made and that is not ignored is here.
 
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use towline_proto::v1::{self, stream_open::Kind};
 
 use crate::commands::Env;
 use crate::folder::ProjectFolder;
 use crate::tunnel::files::{self, Report, Target};
 use crate::tunnel::guest::{Guest, open_failed};
+use crate::{config, env_vars, user};
+
+/// Returns the folder that `tow` was typed in, if a sandbox has been synchronised with it: a look
+/// at the file system only, so that `tow exec` elsewhere asks nobody.
+pub fn known_folder() -> Option<ProjectFolder> {
+    let cwd = std::env::current_dir().ok()?;
+    let folder = ProjectFolder::find(&cwd, user::home().as_deref()).ok()?;
+    mark(&folder.path).ok()?.exists().then_some(folder)
+}
+
+fn mark(folder: &Path) -> anyhow::Result<PathBuf> {
+    let hash = blake3::hash(folder.as_os_str().as_bytes()).to_hex();
+    Ok(env_vars::state_dir()?.join("folders").join(&hash.as_str()[..32]))
+}
+
+fn set_mark(folder: &Path) -> anyhow::Result<()> {
+    let mark = mark(folder)?;
+    if !mark.exists() {
+        config::write_private(&mark, folder.as_os_str().as_bytes())
+            .with_context(|| format!("could not write `{}`", mark.display()))?;
+    }
+    Ok(())
+}
 
 /// Makes the sandbox see what is in the folder now.
 pub async fn before(
@@ -19,6 +45,7 @@ pub async fn before(
     folder: &ProjectFolder,
     env: &Env,
 ) -> anyhow::Result<()> {
+    set_mark(&folder.path)?;
     let target = Target::new(&folder.path, &found.id)?;
     let shown = Arc::new(env.printer.progress("bringing the folder in"));
     let show = shown.clone();

@@ -6,7 +6,9 @@ use towline_proto::v1;
 use super::exec::finish;
 use crate::commands::Env;
 use crate::error::Outcome;
-use crate::tunnel::exec::{self, ExecClient, How, Io};
+use crate::folder::ProjectFolder;
+use crate::sync;
+use crate::tunnel::exec::{self, Ended, ExecClient, How, Io};
 use crate::tunnel::guest::Guest;
 use crate::tunnel::tty::DetachKeys;
 
@@ -42,5 +44,17 @@ pub(super) async fn run(args: AttachArgs, env: &Env) -> Outcome {
         only_start: false,
     };
     let ended = exec::run(&guest, ExecClient::new(Vec::new(), How::Attach(resume)), io).await?;
+    if let Ended::Exited(_) = ended {
+        bring_back(&guest, env).await?;
+    }
     Ok(finish(env, &ended, &args.name))
+}
+
+/// What the command made comes back to its folder, if that is on this machine.
+async fn bring_back(guest: &Guest<'_>, env: &Env) -> anyhow::Result<()> {
+    let Some(found) = guest.record().await? else { return Ok(()) };
+    match found.spec.as_ref().and_then(ProjectFolder::of_sandbox) {
+        Some(folder) => sync::after(guest, &found, &folder, env).await,
+        None => Ok(()),
+    }
 }

@@ -1,6 +1,6 @@
 //! `tow exec`: a command in a sandbox that runs.
 //!
-//! It talks to the daemon only: no call to the control plane unless something is wrong.
+//! It talks to the daemon only, unless it was typed in the sandbox's folder or something is wrong.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
@@ -8,13 +8,16 @@ use std::os::unix::ffi::OsStringExt as _;
 use clap::Args;
 use towline_proto::v1;
 
+use crate::cluster::{Cluster, Start};
 use crate::commands::Env;
 use crate::error::{Exit, Failure, Outcome};
+use crate::folder::ProjectFolder;
+use crate::output::human;
 use crate::spec::{self, EnvArgs};
 use crate::tunnel::exec::{self, Ended, ExecClient, How, Io};
 use crate::tunnel::guest::Guest;
 use crate::tunnel::tty::{self, TtyArgs};
-use crate::{ids, output::human, user};
+use crate::{ids, sandbox, sync, user};
 
 /// Arguments of `tow exec`.
 #[derive(Debug, Args)]
@@ -31,6 +34,9 @@ pub struct ExecArgs {
     /// Working directory in the sandbox
     #[arg(short, long, value_name = "DIR")]
     pub workdir: Option<OsString>,
+    /// Bring no files in or back
+    #[arg(long)]
+    pub no_sync: bool,
     /// Leave the command running; prints its id
     #[arg(short, long)]
     pub detach: bool,
@@ -61,13 +67,38 @@ pub(super) async fn run(args: ExecArgs, env: &Env) -> Outcome {
     };
     check(&start)?;
     let io = if args.detach { tty::detached() } else { args.tty.io(start.terminal.is_some()) };
-    let guest = Guest::named(env, &args.name).await?;
+    let (guest, synced) = reach(&args.name, args.no_sync, env).await?;
     let exec_id = ids::exec_id()?;
+    if let Some((found, folder)) = &synced {
+        sync::before(&guest, found, folder, env).await?;
+    }
     let ended = start_and_follow(&guest, exec_id, start, io).await?;
     if args.detach {
         env.printer.answer(exec_id.to_string())?;
+        return Ok(Exit::OK);
+    }
+    if let (Some((found, folder)), Ended::Exited(_)) = (&synced, &ended) {
+        sync::after(&guest, found, folder, env).await?;
     }
     Ok(finish(env, &ended, &args.name))
+}
+
+/// The way to the sandbox, and its folder if we are in it: then the command sees every edit, and
+/// what it makes comes back. Elsewhere nobody but the daemon is asked.
+async fn reach<'a>(
+    name: &str,
+    no_sync: bool,
+    env: &'a Env,
+) -> anyhow::Result<(Guest<'a>, Option<(v1::Sandbox, ProjectFolder)>)> {
+    let Some(folder) = sync::known_folder().filter(|_| !no_sync) else {
+        return Ok((Guest::named(env, name).await?, None));
+    };
+    let cluster = Cluster::open(env, Start::UnlessDown).await?;
+    let found = sandbox::find(&cluster, name).await?;
+    let guest = Guest::of(env, cluster, &found)?;
+    let same = found.spec.as_ref().and_then(ProjectFolder::of_sandbox).as_ref() == Some(&folder);
+    let running = sandbox::phase(&found) == v1::Phase::Running;
+    Ok((guest, (same && running).then_some((found, folder))))
 }
 
 /// Refuses what no guest could start.

@@ -8,6 +8,7 @@ use crate::commands::Env;
 use crate::error::{Exit, Outcome};
 use crate::output::{human, json};
 use crate::sandbox;
+use crate::tunnel::files;
 
 /// Arguments of `tow rm`.
 #[derive(Debug, Args)]
@@ -48,7 +49,8 @@ pub(super) async fn remove(
     env: &Env,
 ) -> anyhow::Result<()> {
     let wanted = sandbox::set_desired(cluster, found, Desired::Deleted).await?;
-    sandbox::wait_gone(cluster, &wanted, &env.printer).await
+    sandbox::wait_gone(cluster, &wanted, &env.printer).await?;
+    files::forget(&found.id)
 }
 
 fn lost(found: &v1::Sandbox) -> String {

@@ -10,9 +10,10 @@ use crate::commands::Env;
 use crate::error::{Failure, Outcome};
 use crate::folder::ProjectFolder;
 use crate::spec::EnvArgs;
+use crate::tunnel::exec::Ended;
 use crate::tunnel::guest::Guest;
 use crate::tunnel::tty::TtyArgs;
-use crate::{ids, sandbox, user};
+use crate::{ids, sandbox, sync, user};
 
 /// Arguments of `tow shell`.
 #[derive(Debug, Args)]
@@ -26,6 +27,9 @@ pub struct ShellArgs {
     /// User to run as, instead of the sandbox's: root, or UID[:GID]
     #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
     pub user: Option<v1::User>,
+    /// Bring no files in or back
+    #[arg(long)]
+    pub no_sync: bool,
     /// Name or id of the sandbox; this folder's when there is none
     #[arg(value_name = "NAME")]
     pub name: Option<String>,
@@ -48,7 +52,14 @@ pub(super) async fn run(args: ShellArgs, env: &Env) -> Outcome {
     };
     let io = args.tty.io(start.terminal.is_some());
     let guest = Guest::of(env, cluster, &found)?;
+    let folder = found.spec.as_ref().and_then(ProjectFolder::of_sandbox).filter(|_| !args.no_sync);
+    if let Some(folder) = &folder {
+        sync::before(&guest, &found, folder, env).await?;
+    }
     let ended = start_and_follow(&guest, ids::exec_id()?, start, io).await?;
+    if let (Some(folder), Ended::Exited(_)) = (&folder, &ended) {
+        sync::after(&guest, &found, folder, env).await?;
+    }
     Ok(finish(env, &ended, &sandbox::name(&found)))
 }
 

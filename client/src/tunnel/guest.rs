@@ -76,7 +76,7 @@ impl<'a> Guest<'a> {
     }
 
     /// Looks at the sandbox's record, where the control plane can be asked in time.
-    async fn record(&self) -> anyhow::Result<Option<v1::Sandbox>> {
+    pub async fn record(&self) -> anyhow::Result<Option<v1::Sandbox>> {
         // A supervisor that was killed is replaced here: nobody else would.
         cluster::ensure(self.env, Start::UnlessDown).await?;
         let cluster = self.cluster().await?;

@@ -432,9 +432,12 @@ impl Session {
             other => return other,
         };
         while self.client.output_pending() {
-            match self.output.written().await {
-                Some(written) => self.on_written(written),
-                None => break,
+            tokio::select! {
+                Some(written) = self.output.written() => self.on_written(written),
+                // Whoever should read our output may never do so.
+                received = self.signals.next() => if let Received::Signal(signal) = received {
+                    return Stop::Ended(Ended::Signalled(signal));
+                },
             }
         }
         // The guest may forget the command now. It does so by itself later: no need to insist.
