@@ -15,11 +15,12 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use towline_node_agent::disks;
 use towline_node_agent::guest_link::{GuestLink, GuestLinkError};
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu};
-use towline_node_agent::hypervisor::{Accel, Hypervisor, VmSpec};
+use towline_node_agent::hypervisor::{Accel, Hypervisor, LAYER_DISKS_MAX, VmSpec};
 use towline_streams::{MuxHandle, Priority};
-use vm_support::{BOOT_MAX, SECRET, config, driver, run_async, vm_dir};
+use vm_support::{BOOT_MAX, SECRET, cache_dir, config, driver, run_async, vm_dir};
 
 /// Names the VM's directory to a child of the test that plays the node agent.
 const CHILD_DIR: &str = "TOWLINE_TEST_VM_CHILD_DIR";
@@ -33,6 +34,19 @@ fn spec(dir: &Path) -> VmSpec {
         dir: dir.to_owned(),
         console: std::env::var_os("TOWLINE_TEST_CONSOLE").is_some(),
     }
+}
+
+/// As many disks as a VM may have: each needs a slot of the machine.
+fn with_all_disks(mut spec: VmSpec) -> VmSpec {
+    for number in 0..LAYER_DISKS_MAX {
+        let layer = spec.dir.join(format!("layer,{number}.img"));
+        std::fs::write(&layer, vec![0; 1 << 16]).unwrap();
+        spec.layers.push(layer);
+    }
+    let upper = spec.dir.join("upper.img");
+    disks::create(&cache_dir(), &upper, 96).unwrap();
+    spec.upper = Some(upper);
+    spec
 }
 
 /// Sends bytes through an echo stream and checks that exactly they come back.
@@ -95,8 +109,9 @@ fn vm_boots_says_hello_and_carries_bytes() {
             assert!(!capabilities.accel_reason.is_empty());
         }
         let (_guard, dir) = vm_dir();
+        let spec = with_all_disks(spec(&dir));
         let start = Instant::now();
-        let vm = driver.boot(&spec(&dir)).await.unwrap();
+        let vm = driver.boot(&spec).await.unwrap();
         let spawned = start.elapsed();
         let link = GuestLink::connect(&vm, SECRET, BOOT_MAX).await.unwrap();
         println!("spawn {spawned:?}, hello {:?}", start.elapsed());
