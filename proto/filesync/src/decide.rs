@@ -167,7 +167,8 @@ mod tests {
         let (a, b, c) = (file("a"), file("b"), file("c"));
         let directory = Node { what: What::Directory, mode: 0o755 };
         let executable = Node { mode: 0o755, ..a.clone() };
-        let cases: [(&str, Option<&Node>, Option<&Node>, Option<&Node>, Decision); 16] = [
+        type Case<'a> = (&'a str, Option<&'a Node>, Option<&'a Node>, Option<&'a Node>, Decision);
+        let cases: [Case<'_>; 16] = [
             ("unchanged", Some(&a), Some(&a), Some(&a), Decision::Settled),
             ("laptop edited", Some(&a), Some(&b), Some(&a), Decision::Take(Side::Laptop, 0o644)),
             ("guest edited", Some(&a), Some(&a), Some(&b), Decision::Take(Side::Guest, 0o644)),

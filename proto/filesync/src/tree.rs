@@ -6,6 +6,8 @@
 mod apply;
 mod read;
 mod scan;
+#[cfg(test)]
+mod tests;
 
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};

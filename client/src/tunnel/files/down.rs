@@ -202,7 +202,7 @@ impl Barrier {
             let mut answers = Answers::new(incoming);
             for (done, wanted) in wanted.into_iter().enumerate() {
                 if done % 64 == 0 {
-                    (self.progress)(format!("bringing files back ({done} of {total})"));
+                    (self.progress)(format!("{done} of {total} files fetched"));
                 }
                 self.fetch(&wanted, here, stage, &mut answers)?;
             }
@@ -252,11 +252,16 @@ impl Barrier {
         here: &Scan,
         stage: &mut LazyStage,
     ) -> Result<(), SyncError> {
+        let now = here.entries.get(path);
+        if let Some(now) = now.filter(|now| self.is_known_here(path, now, content)) {
+            // It was touched there, or might have been: only its time and mode come.
+            stage.get(self)?.discard(file);
+            return self.put_time(path, mode, content, now, there, stage);
+        }
         let stage = stage.get(self)?;
         let mtime_ns = there.stamp.mtime_ns;
-        let outcome = stage
-            .finish(file, mode, mtime_ns)
-            .and_then(|staged| stage.put(path, staged, here.entries.get(path)));
+        let outcome =
+            stage.finish(file, mode, mtime_ns).and_then(|staged| stage.put(path, staged, now));
         if let Some(Outcome::Done(Some(done))) = self.judge(path, outcome)? {
             self.report.came_down += 1;
             let mut laptop = Entry { content: Some(content), ..done };
@@ -265,6 +270,38 @@ impl Barrier {
                 laptop.stamp = towline_filesync::Stamp::default();
             }
             self.record(path, laptop, there);
+        }
+        Ok(())
+    }
+
+    /// Whether the laptop's version, as listed, holds exactly this already.
+    fn is_known_here(&self, path: &TreePath, now: &Entry, content: ContentId) -> bool {
+        let base = self.state.bases.get(path).map(|base| &base.laptop);
+        let known = match now.content {
+            Some(id) => Some(id),
+            None => base.filter(|base| now.has_content_of(base)).and_then(|base| base.content),
+        };
+        now.kind == Kind::File && known == Some(content)
+    }
+
+    fn put_time(
+        &mut self,
+        path: &TreePath,
+        mode: u32,
+        content: ContentId,
+        now: &Entry,
+        there: Entry,
+        stage: &mut LazyStage,
+    ) -> Result<(), SyncError> {
+        let mtime_ns = there.stamp.mtime_ns;
+        if (now.mode, now.stamp.mtime_ns) == (mode, mtime_ns) {
+            self.record(path, Entry { content: Some(content), ..now.clone() }, there);
+            return Ok(());
+        }
+        let outcome = stage.get(self)?.set(path, mode, mtime_ns, now);
+        if let Some(Outcome::Done(Some(done))) = self.judge(path, outcome)? {
+            self.report.came_down += 1;
+            self.record(path, Entry { content: Some(content), ..done }, there);
         }
         Ok(())
     }

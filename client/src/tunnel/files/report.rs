@@ -71,7 +71,7 @@ impl Report {
             let paths: Vec<&TreePath> = self.ignored.iter().collect();
             let count = counted(self.ignored_count, "ignored path");
             let more =
-                if self.ignored_count as usize > NAMED.min(paths.len()) { ", …" } else { "" };
+                if self.ignored_count > NAMED.min(paths.len()) as u64 { ", …" } else { "" };
             let names: Vec<String> = paths.iter().take(NAMED).map(ToString::to_string).collect();
             lines.push(format!("{count} stayed in the sandbox ({}{more})", names.join(", ")));
         }

@@ -43,7 +43,7 @@ enum JobKind {
 #[derive(Debug)]
 enum Sent {
     /// A change, and the laptop's version that went up.
-    Job(Job, Option<Entry>),
+    Job(Box<(Job, Option<Entry>)>),
     /// It vanished or kept changing here: no answer comes.
     Raced(TreePath),
     /// It cannot be read here: no answer comes.
@@ -77,7 +77,7 @@ impl Barrier {
             let mut answers = Results { incoming, page: Vec::new().into_iter() };
             for (done, sent) in sent.iter().enumerate() {
                 if done % 64 == 0 {
-                    (self.progress)(format!("bringing the folder in ({done} of {total})"));
+                    (self.progress)(format!("{done} of {total} changes sent"));
                 }
                 self.take_result(sent, &mut answers)?;
             }
@@ -148,7 +148,7 @@ impl Barrier {
                 self.report.failed.push((path, message));
                 return Ok(());
             }
-            Sent::Job(job, laptop) => (job, laptop),
+            Sent::Job(sent) => *sent,
         };
         let path = &job.path;
         let result = answers.next(path)?;
@@ -218,17 +218,17 @@ impl Uploader {
         match job.kind.clone() {
             JobKind::Remove => {
                 self.add(&job, What::Remove(wire::path(&job.path)), Vec::new())?;
-                Ok(Sent::Job(job, None))
+                Ok(Sent::Job(Box::new((job, None))))
             }
             JobKind::Set(now, mode) => {
                 let wanted = Entry { mode, ..now.clone() };
                 self.add(&job, What::Set(wanted.to_wire(&job.path)), Vec::new())?;
-                Ok(Sent::Job(job, Some(now)))
+                Ok(Sent::Job(Box::new((job, Some(now)))))
             }
             JobKind::Put(now, mode) if now.kind != Kind::File => {
                 let wanted = Entry { mode, ..now.clone() };
                 self.add(&job, What::Put(wanted.to_wire(&job.path)), Vec::new())?;
-                Ok(Sent::Job(job, Some(now)))
+                Ok(Sent::Job(Box::new((job, Some(now)))))
             }
             JobKind::Put(_, mode) => self.send_file(job, mode),
         }
@@ -263,13 +263,15 @@ impl Uploader {
         }
         match read {
             // It was announced, so an answer comes: that nothing was changed.
-            Ok(read) if streamed => Ok(Sent::Job(job, Some(read.entry))),
-            Err(_) if streamed => Ok(Sent::Job(job, Some(Entry::new(Kind::File, mode)))),
+            Ok(read) if streamed => Ok(Sent::Job(Box::new((job, Some(read.entry))))),
+            Err(_) if streamed => {
+                Ok(Sent::Job(Box::new((job, Some(Entry::new(Kind::File, mode))))))
+            }
             Ok(read) if read.changed => Ok(Sent::Raced(job.path)),
             Ok(read) => {
                 let wanted = Entry { mode, content: None, ..read.entry.clone() };
                 self.add(&job, What::Put(wanted.to_wire(&job.path)), inline)?;
-                Ok(Sent::Job(job, Some(read.entry)))
+                Ok(Sent::Job(Box::new((job, Some(read.entry)))))
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Sent::Raced(job.path)),
             Err(error) => Ok(Sent::Failed(job.path, error.to_string())),

@@ -62,6 +62,8 @@ pub fn scan(
     let mut walk = Walk { root, rules, keep, scan: Scan::default() };
     let fd = sys::openat(&root.fd, c".", DIRECTORY, Mode::empty())?;
     walk.directory(None, fd, false)?;
+    walk.scan.ignored.sort();
+    walk.scan.secrets.sort();
     Ok(walk.scan)
 }
 
