@@ -109,7 +109,7 @@ struct ReadRound {
 
 #[derive(Debug)]
 enum Read {
-    Request(RequestId, Caller, Request),
+    Request(RequestId, Caller, Box<Request>),
     Watch(WatchId, Caller, v1::GetSandboxRequest),
 }
 

@@ -122,7 +122,7 @@ pub fn fits(limits: Resources, reserved: Resources, want: Resources) -> Result<(
 pub fn amount(mib: u64) -> String {
     match mib {
         0..1024 => format!("{mib} MiB"),
-        _ if mib % 1024 == 0 => format!("{} GiB", mib / 1024),
+        _ if mib.is_multiple_of(1024) => format!("{} GiB", mib / 1024),
         _ => format!("{}.{} GiB", mib / 1024, (mib % 1024) * 10 / 1024),
     }
 }

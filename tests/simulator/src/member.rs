@@ -51,16 +51,12 @@ impl Member {
         let opened = Wal::open_sized(self.disk.clone(), self.id, SEGMENT_BYTES);
         let (wal, mut recovered) =
             opened.map_err(|error| format!("member {} after a crash: {error}", self.id))?;
-        match bug {
-            Bug::VoteForgotten => recovered.hard_state.vote = 0,
-            Bug::TailDropped => {
-                recovered.entries.pop();
-                let last = recovered.entries.last().map_or(0, |entry| entry.index);
-                let base = recovered.snapshot.as_ref().map_or(0, |snapshot| snapshot.index);
-                let commit = &mut recovered.hard_state.commit;
-                *commit = (*commit).min(last.max(base));
-            }
-            _ => {}
+        if bug == Bug::TailDropped {
+            recovered.entries.pop();
+            let last = recovered.entries.last().map_or(0, |entry| entry.index);
+            let base = recovered.snapshot.as_ref().map_or(0, |snapshot| snapshot.index);
+            let commit = &mut recovered.hard_state.commit;
+            *commit = (*commit).min(last.max(base));
         }
         let config = Config {
             member: self.id,
@@ -132,7 +128,7 @@ impl Member {
     pub(crate) fn new_digest(&mut self) -> Option<(u64, u64)> {
         let core = self.core.as_ref()?;
         let index = core.applied_index();
-        if std::mem::replace(&mut self.digested, Some(index)) == Some(index) {
+        if self.digested.replace(index) == Some(index) {
             return None;
         }
         Some((index, crate::world::hash(&snapshot::encode(core.state()))))

@@ -20,8 +20,6 @@ pub enum Bug {
     None,
     /// Writes are reported as done before they are synced.
     AckBeforePersist,
-    /// A restarted member does not know for whom it voted.
-    VoteForgotten,
     /// A restarted member drops the last entry of its log.
     TailDropped,
     /// `fits()` says yes to everything.
@@ -445,7 +443,7 @@ impl World {
         self.queue.at(at, Event::ToMember { session, input });
     }
 
-    fn to_member(&mut self, session: u64, input: Input) {
+    fn tell_member(&mut self, session: u64, input: Input) {
         let at = self.now + self.rng.range(1, 20);
         if let Some(open) = self.sessions.get_mut(&session) {
             open.up_at = open.up_at.max(at);
@@ -460,7 +458,7 @@ impl World {
         self.queue.at(self.now + 500, Event::Beat { node, life });
         if let Some(session) = self.nodes[node].session {
             let beat = v1::Heartbeat { sent_boottime_ms: self.now };
-            self.to_member(session, Input::Heartbeat(SessionId(session), beat));
+            self.tell_member(session, Input::Heartbeat(SessionId(session), beat));
         }
         self.node_input(node, NodeInput::Tick)
     }
@@ -516,7 +514,7 @@ impl World {
         for effect in effects {
             if let NodeEffect::Report { session, sequence, observed } = effect {
                 let batch = v1::ObservedBatch { sequence, observed };
-                self.to_member(session, Input::Observed(SessionId(session), batch));
+                self.tell_member(session, Input::Observed(SessionId(session), batch));
             } else if let Some(answer) = self.nodes[node].perform(effect) {
                 let at = self.now + self.rng.range(1, 60);
                 let life = self.nodes[node].life;

@@ -51,22 +51,31 @@ fn the_same_seed_gives_the_same_trace() {
     }
 }
 
-/// Whether some of a bounded number of seeds shows the bug.
-fn caught(bug: Bug, members: usize, within: u64) {
-    let what = (1..=within).find_map(|seed| {
+/// Some of a bounded number of seeds shows the bug, and for one of its reasons.
+fn caught(bug: Bug, members: usize, within: u64, reasons: &[&str]) {
+    let failure = (1..=within).find_map(|seed| {
         let setup = Setup { bug, ..Setup::new(seed, members) };
         run(setup).err()
     });
-    assert!(what.is_some(), "{bug:?} was not caught in {within} seeds of {members} members");
+    let Some(failure) = failure else {
+        panic!("{bug:?} was not caught in {within} seeds of {members} members");
+    };
+    let right = reasons.iter().any(|reason| failure.what.contains(reason));
+    assert!(right, "{bug:?} was caught by accident: {failure}");
 }
 
 #[test]
 fn planted_bugs_are_caught() {
-    caught(Bug::AckBeforePersist, 1, 40);
-    caught(Bug::AckBeforePersist, 3, 100);
-    caught(Bug::TailDropped, 1, 40);
-    caught(Bug::FitsSkipped, 1, 40);
-    caught(Bug::DedupSkipped, 1, 40);
+    let lost = ["do not agree", "acknowledged", "is lost"];
+    caught(Bug::AckBeforePersist, 1, 20, &lost);
+    caught(Bug::TailDropped, 1, 20, &lost);
+    caught(Bug::FitsSkipped, 1, 20, &["oversold"]);
+    caught(
+        Bug::DedupSkipped,
+        1,
+        20,
+        &["made twice", "is taken", "acknowledged", "nobody was told"],
+    );
 }
 
 #[test]

@@ -73,7 +73,7 @@ impl ControlPlane {
                 Ok(())
             }
             read => {
-                self.reads.fresh.push(Read::Request(id, caller, read));
+                self.reads.fresh.push(Read::Request(id, caller, Box::new(read)));
                 Ok(())
             }
         }

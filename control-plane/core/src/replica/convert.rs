@@ -39,11 +39,12 @@ pub(crate) fn entry_from_raft(entry: &eraftpb::Entry) -> v1::LogEntry {
 }
 
 pub(crate) fn hard_state_to_raft(hard: &v1::HardState) -> eraftpb::HardState {
-    let mut raft = eraftpb::HardState::default();
-    raft.term = hard.term;
-    raft.vote = hard.vote;
-    raft.commit = hard.commit;
-    raft
+    eraftpb::HardState {
+        term: hard.term,
+        vote: hard.vote,
+        commit: hard.commit,
+        ..Default::default()
+    }
 }
 
 pub(crate) fn hard_state_from_raft(hard: &eraftpb::HardState) -> v1::HardState {
@@ -83,8 +84,7 @@ pub(crate) fn change_to_raft(
     });
     raft.context = change.context.clone().into();
     for step in &change.changes {
-        let mut single = eraftpb::ConfChangeSingle::default();
-        single.node_id = step.member;
+        let mut single = eraftpb::ConfChangeSingle { node_id: step.member, ..Default::default() };
         single.set_change_type(match step.kind {
             0 => ConfChangeType::AddNode,
             1 => ConfChangeType::RemoveNode,
