@@ -301,7 +301,8 @@ impl Sessions {
         }
         let (context_name, context) = find(config, name)?;
         let stamp = stamps(config, &context);
-        let session = Arc::new(Session::open(&context_name, &context).await?);
+        let session = Arc::new(Session::load(&context_name, &context)?);
+        renew_in_background(&session);
         if open.len() == OPEN_MAX {
             open.remove(0);
         }
