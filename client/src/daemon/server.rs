@@ -24,7 +24,6 @@ use towline_proto::v1::daemon_answer::Answer;
 use towline_proto::v1::daemon_request::Request;
 use towline_proto::v1::{DaemonAnswer, DaemonLeaving, DaemonRequest, DaemonStatus};
 use towline_streams::FrameReader;
-use tracing::Instrument;
 
 use super::VERSION;
 use super::client::{READY, TAKEN};
@@ -219,12 +218,14 @@ async fn connection(stream: UnixStream, shared: Arc<Shared>, leave: mpsc::Sender
         Request::Open(open) => {
             shared.streams.fetch_add(1, Ordering::Relaxed);
             let _count = Count(&shared.streams);
+            // Never entered: links and channels that are made on the way would keep it alive.
             let span = tracing::info_span!("stream", context, sandbox = open.sandbox_name);
             let serve = async {
                 let cluster = shared.cluster(config, &context).await?;
                 request::serve(&cluster, &mut stream, open, early).await
             };
-            let opened = serve.instrument(span).await;
+            let opened = serve.await;
+            drop(span);
             if let Err(failure) = opened {
                 tracing::info!(error = %failure, context, "stream not opened");
                 answer(&mut stream, Answer::Error(failure.into())).await;
