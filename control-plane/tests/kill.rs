@@ -1,10 +1,11 @@
 //! kill -9 of the real binary at random moments of a create, stop, remove load: afterwards every
 //! acknowledged change is there, and none is there twice. `TOWLINE_KILLS` asks for more kills.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 mod common;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -21,13 +22,13 @@ const CLIENTS: usize = 8;
 type Acknowledged = BTreeMap<String, (Vec<u8>, Desired)>;
 
 /// Repeats one call, with its key, until it is answered.
-async fn insist<F, T>(socket: &PathBuf, mut call: impl FnMut(ControlPlaneClient<Channel>) -> F) -> T
+async fn insist<F, T>(socket: &Path, mut call: impl FnMut(ControlPlaneClient<Channel>) -> F) -> T
 where
     F: Future<Output = Result<tonic::Response<T>, Status>>,
 {
     let insist = async {
         loop {
-            match call(client(socket.clone()).await).await {
+            match call(client(socket.to_owned()).await).await {
                 Ok(answer) => return answer.into_inner(),
                 Err(status) => {
                     let broken = !matches!(

@@ -1,4 +1,5 @@
 //! The real binary, seen from its sockets: sandboxes, identity, tickets, refusals, restarts.
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 mod common;
 

@@ -1,6 +1,7 @@
 //! The real binary in a temporary directory, clients over its admin socket, and a node that does at
 //! once whatever it is told.
 #![allow(dead_code, reason = "each test binary uses a part")]
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

@@ -79,6 +79,7 @@ fn planted_bugs_are_caught() {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "a replay is read by people")]
 fn replay() {
     let Ok(text) = std::env::var("TOWLINE_SIM_SEED") else {
         println!("SKIPPED: TOWLINE_SIM_SEED names no seed to replay");

@@ -1,0 +1,302 @@
+//! One member in memory: what creation, stops, starts, removal and reports do to reservations,
+//! generations and repeated requests.
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail the test")]
+
+use towline_control_core::{
+    Answer, Caller, Config, ControlPlane, Effect, Input, Now, Recovered, Refusal, RefusalKind,
+    Request, RequestId, Role, SessionId, WatchId, invariants,
+};
+use towline_proto::v1::{self, Desired, Phase, node_directive::Directive};
+
+const SESSION: SessionId = SessionId(1);
+
+struct World {
+    core: ControlPlane,
+    now: u64,
+    key: u64,
+    sequence: u64,
+    log: Vec<v1::LogEntry>,
+    hard: v1::HardState,
+    seen: Vec<Effect>,
+}
+
+fn config() -> Config {
+    Config {
+        member: 1,
+        voters: vec![1],
+        cluster_id: "cluster_t".into(),
+        seed: [1, 2],
+        snapshot_entries: 1000,
+    }
+}
+
+impl World {
+    fn new() -> Self {
+        let core = ControlPlane::new(config(), Recovered::default()).unwrap();
+        let (hard, log) = (v1::HardState::default(), Vec::new());
+        let mut world = Self { core, now: 0, key: 0, sequence: 0, log, hard, seen: Vec::new() };
+        world.input(Input::Tick);
+        world.register(8192);
+        world
+    }
+
+    /// Steps, and is a disk that is done at once.
+    fn input(&mut self, input: Input) {
+        let mut todo = vec![input];
+        while let Some(input) = todo.pop() {
+            let now = Now { mono_ms: self.now, unix_ms: 1_000_000 + self.now };
+            for effect in self.core.step(now, input) {
+                if let Effect::Persist { number, entries, hard_state, .. } = &effect {
+                    self.log.extend(entries.clone());
+                    self.hard = hard_state.unwrap_or(self.hard);
+                    todo.insert(0, Input::Persisted(*number));
+                }
+                self.seen.push(effect);
+            }
+            invariants::check(self.core.state()).unwrap();
+        }
+    }
+
+    fn register(&mut self, memory_mib: u64) {
+        let driver = v1::Driver { isolation: v1::Isolation::Vm.into(), ..Default::default() };
+        let node = v1::RegisterNode {
+            name: "n".into(),
+            capacity: Some(v1::Capacity { cpus: 16, memory_mib, disk_mib: 100_000 }),
+            drivers: vec![driver],
+            embedded: true,
+            machine_cpus: 2,
+            ..Default::default()
+        };
+        self.input(Input::OpenSession(SESSION, node));
+    }
+
+    fn ask(&mut self, name: &str, request: Request) -> Result<Answer, Refusal> {
+        self.key += 1;
+        let id = RequestId(self.key);
+        let role = if name == "root" { Role::Operator } else { Role::User };
+        self.input(Input::Request(id, Caller { role, name: name.into() }, request));
+        let answers = self.seen.iter().rev();
+        let mut answers = answers.filter_map(|effect| match effect {
+            Effect::Answer(to, answer) if *to == id => Some(answer.clone()),
+            _ => None,
+        });
+        answers.next().expect("every request is answered")
+    }
+
+    fn key(&mut self) -> Vec<u8> {
+        self.key += 1;
+        [b"a key---".to_vec(), self.key.to_be_bytes().to_vec()].concat()
+    }
+
+    fn create(&mut self, name: &str, memory_mib: u64) -> Result<v1::Sandbox, Refusal> {
+        let idempotency_key = self.key();
+        self.create_with(idempotency_key, name, memory_mib)
+    }
+
+    fn create_with(
+        &mut self,
+        idempotency_key: Vec<u8>,
+        name: &str,
+        memory_mib: u64,
+    ) -> Result<v1::Sandbox, Refusal> {
+        let source = Some(v1::image_ref::Source::Local(v1::LocalImage::default()));
+        let spec = v1::SandboxSpec {
+            name: name.into(),
+            image: Some(v1::ImageRef { source }),
+            shape: Some(v1::Shape { memory_mib, ..Default::default() }),
+            ..Default::default()
+        };
+        let request = v1::CreateSandboxRequest { idempotency_key, spec: Some(spec) };
+        self.ask("ada", Request::CreateSandbox(request)).map(sandbox)
+    }
+
+    fn set(&mut self, id: &[u8], desired: Desired) -> Result<v1::Sandbox, Refusal> {
+        let request = v1::SetDesiredRequest {
+            idempotency_key: self.key(),
+            id: id.to_vec(),
+            desired: desired.into(),
+            expect_generation: 0,
+        };
+        self.ask("ada", Request::SetDesired(request)).map(sandbox)
+    }
+
+    fn report(&mut self, of: &v1::Sandbox, phase: Phase) {
+        self.sequence += 1;
+        let observed = v1::Observed {
+            sandbox_id: of.id.clone(),
+            epoch: of.epoch,
+            generation: of.generation,
+            phase: phase.into(),
+            ..Default::default()
+        };
+        let batch = v1::ObservedBatch { sequence: self.sequence, observed: vec![observed] };
+        self.input(Input::Observed(SESSION, batch));
+    }
+
+    fn get(&mut self, id: &[u8]) -> Result<v1::Sandbox, Refusal> {
+        let which = Some(v1::get_sandbox_request::Which::Id(id.to_vec()));
+        self.ask("ada", Request::GetSandbox(v1::GetSandboxRequest { which })).map(sandbox)
+    }
+
+    fn reserved(&self) -> v1::Capacity {
+        let (_, record) = self.core.state().nodes.iter().next().unwrap();
+        record.node.as_ref().unwrap().reserved.unwrap()
+    }
+
+    fn directives(&self) -> Vec<Directive> {
+        let sent = self.seen.iter().filter_map(|effect| match effect {
+            Effect::Directives(_, directives) => Some(directives.clone()),
+            _ => None,
+        });
+        sent.flatten().filter_map(|directive| directive.directive).collect()
+    }
+}
+
+fn sandbox(answer: Answer) -> v1::Sandbox {
+    match answer {
+        Answer::Sandbox(sandbox) => *sandbox,
+        other => panic!("not a sandbox: {other:?}"),
+    }
+}
+
+fn phase(sandbox: &v1::Sandbox) -> Phase {
+    sandbox.observed.as_ref().map(v1::Observed::phase).unwrap()
+}
+
+#[test]
+fn stopping_gives_cpu_and_memory_back_and_keeps_the_disk() {
+    let mut world = World::new();
+    let made = world.create("one", 6000).unwrap();
+    assert_eq!(made.spec.as_ref().unwrap().shape.unwrap().cpus, 2, "min(4, the machine's)");
+    assert_eq!((world.reserved().memory_mib, world.reserved().disk_mib), (6000, 20 << 10));
+    world.report(&made, Phase::Running);
+    let stopped = world.set(&made.id, Desired::Stopped).unwrap();
+    assert_eq!(world.reserved().memory_mib, 6000, "it still runs");
+    world.report(&stopped, Phase::Stopped);
+    assert_eq!((world.reserved().memory_mib, world.reserved().disk_mib), (0, 20 << 10));
+    world.create("two", 6000).unwrap();
+    let refused = world.set(&made.id, Desired::Running).unwrap_err();
+    assert!(refused.message.contains("needs 5.8 GiB of memory and node `n`"), "{refused}");
+    assert_eq!(phase(&world.get(&made.id).unwrap()), Phase::Stopped);
+}
+
+#[test]
+fn a_vm_that_ended_by_itself_starts_again_only_by_a_new_generation() {
+    let mut world = World::new();
+    let made = world.create("one", 1000).unwrap();
+    world.report(&made, Phase::Running);
+    let same = world.set(&made.id, Desired::Running).unwrap();
+    assert_eq!(same.generation, 1, "it is wanted so already");
+    world.report(&made, Phase::Stopped);
+    world.report(&made, Phase::Running);
+    assert_eq!(phase(&world.get(&made.id).unwrap()), Phase::Stopped, "not at the same generation");
+    let again = world.set(&made.id, Desired::Running).unwrap();
+    assert_eq!((again.generation, phase(&again)), (2, Phase::Placed));
+    world.report(&made, Phase::Stopped);
+    assert_eq!(phase(&world.get(&made.id).unwrap()), Phase::Placed, "stale reports are ignored");
+    assert_eq!(world.reserved().memory_mib, 1000);
+}
+
+#[test]
+fn a_removed_sandbox_frees_its_name_at_once_and_its_disk_when_the_node_says_so() {
+    let mut world = World::new();
+    let made = world.create("one", 1000).unwrap();
+    world.input(Input::Watch(
+        WatchId(9),
+        Caller { role: Role::User, name: "ada".into() },
+        v1::GetSandboxRequest { which: Some(v1::get_sandbox_request::Which::Id(made.id.clone())) },
+    ));
+    let deleted = world.set(&made.id, Desired::Deleted).unwrap();
+    assert!(matches!(world.directives().last(), Some(Directive::Bookmark(_))));
+    let refused = world.set(&made.id, Desired::Running).unwrap_err();
+    assert!(refused.message.contains("is being deleted"));
+    world.create("one", 1000).unwrap();
+    world.report(&deleted, Phase::Gone);
+    assert_eq!(world.get(&made.id).unwrap_err().kind, RefusalKind::NotFound);
+    assert_eq!(world.reserved().memory_mib, 1000);
+    assert!(world.seen.contains(&Effect::WatchEnd(WatchId(9), None)));
+}
+
+#[test]
+fn a_repeated_request_gets_the_first_answer_even_after_a_restart() {
+    let mut world = World::new();
+    let key = world.key();
+    let made = world.create_with(key.clone(), "", 1000).unwrap();
+    assert_eq!(world.create_with(key.clone(), "", 1000).unwrap(), made);
+    let recovered =
+        Recovered { snapshot: None, hard_state: world.hard, entries: world.log.clone() };
+    world.core = ControlPlane::new(config(), recovered).unwrap();
+    assert_eq!(world.create_with(key.clone(), "", 1000).unwrap(), made);
+    let refused = world.create_with(key, "", 2000).unwrap_err();
+    assert!(refused.message.contains("used for another request"));
+    assert_eq!(world.core.state().sandboxes.len(), 1);
+}
+
+#[test]
+fn many_requests_at_once_share_an_entry_and_do_not_oversell() {
+    let mut world = World::new();
+    let before = world.log.len();
+    let source = Some(v1::image_ref::Source::Local(v1::LocalImage::default()));
+    let inputs = (0..20u64).map(|n| {
+        let spec = v1::SandboxSpec {
+            image: Some(v1::ImageRef { source: source.clone() }),
+            shape: Some(v1::Shape { cpus: 1, memory_mib: 1000, ..Default::default() }),
+            ..Default::default()
+        };
+        let idempotency_key = [b"burst---".to_vec(), n.to_be_bytes().to_vec()].concat();
+        let request = v1::CreateSandboxRequest { idempotency_key, spec: Some(spec) };
+        let caller = Caller { role: Role::User, name: "ada".into() };
+        Input::Request(RequestId(1000 + n), caller, Request::CreateSandbox(request))
+    });
+    world.input(Input::Batch(inputs.collect()));
+    assert_eq!(world.log.len(), before + 1, "one entry for all");
+    let answers = world.seen.iter().filter_map(|effect| match effect {
+        Effect::Answer(_, answer) => Some(answer.is_ok()),
+        _ => None,
+    });
+    assert_eq!(answers.filter(|ok| *ok).count(), 4, "4 × 20 GiB of disk fit");
+}
+
+#[test]
+fn a_silent_nodes_sandboxes_are_unknown_until_it_is_back() {
+    let mut world = World::new();
+    let made = world.create("one", 1000).unwrap();
+    world.report(&made, Phase::Running);
+    for _ in 0..120 {
+        world.now += 100;
+        world.input(Input::Tick);
+    }
+    let lost = world.get(&made.id).unwrap();
+    assert_eq!(phase(&lost), Phase::Unknown);
+    assert!(lost.observed.unwrap().reason.contains("node `n` is silent; it last said running"));
+    let refused = world.create("two", 1000).unwrap_err();
+    assert!(refused.message.contains("is silent"), "{refused}");
+    world.input(Input::Heartbeat(SESSION, v1::Heartbeat::default()));
+    world.input(Input::Tick);
+    assert_eq!(phase(&world.get(&made.id).unwrap()), Phase::Running);
+}
+
+#[test]
+fn others_sandboxes_do_not_exist_and_operators_see_all() {
+    let mut world = World::new();
+    let made = world.create("one", 1000).unwrap();
+    let which = Some(v1::get_sandbox_request::Which::Id(made.id.clone()));
+    let get = Request::GetSandbox(v1::GetSandboxRequest { which });
+    assert_eq!(world.ask("bob", get.clone()).unwrap_err().kind, RefusalKind::NotFound);
+    assert!(world.ask("root", get).is_ok());
+    let list = Request::ListSandboxes(v1::ListSandboxesRequest::default());
+    let Ok(Answer::Sandboxes(page)) = world.ask("bob", list) else { panic!("a page") };
+    assert!(page.sandboxes.is_empty());
+}
+
+#[test]
+fn the_whole_state_survives_a_snapshot() {
+    let mut world = World::new();
+    world.create("one", 1000).unwrap();
+    let made = world.create("", 1000).unwrap();
+    world.set(&made.id, Desired::Deleted).unwrap();
+    let bytes = towline_control_core::snapshot::encode(world.core.state());
+    let again = towline_control_core::snapshot::decode(1, &bytes).unwrap();
+    assert_eq!(&again, world.core.state());
+    assert!(towline_control_core::snapshot::decode(1, &bytes[..bytes.len() - 3]).is_err());
+}
