@@ -63,7 +63,7 @@ pub(crate) struct Outcome {
 impl Guest {
     /// Boots with the test's layer, and configures.
     pub(crate) async fn boot(driver: &Qemu, dir: &Path) -> Option<Self> {
-        let mut guest = Self::boot_only(driver, dir, vec![layer()?]).await;
+        let mut guest = Self::boot_only(driver, dir, vec![layer(dir)?]).await;
         let configure = GuestConfigure { layers: 1, ..configuration() };
         guest.link.configure(&guest.vm, &configure, BOOT_MAX).await.unwrap();
         Some(guest)
@@ -270,9 +270,8 @@ fn guest_agent() -> PathBuf {
     target_dir.join(TARGET).join("guest/towline-guest-agent")
 }
 
-/// A layer of this machine's own shell and tools with their libraries, made once per test run.
-pub(crate) fn layer() -> Option<PathBuf> {
-    let folder = std::env::temp_dir().join(format!("towline-vm-exec-{}", std::process::id()));
+/// A layer of this machine's own shell and tools with their libraries, made once per VM.
+fn layer(folder: &Path) -> Option<PathBuf> {
     let image = folder.join("layer.sq");
     if image.exists() {
         return Some(image);

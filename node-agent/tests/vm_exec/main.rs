@@ -1,7 +1,11 @@
 //! The real guest agent in a real microVM: configured with a squashfs layer, or the machine's own
 //! system over FUSE, and an ext4 disk, it runs commands and survives what they do to the machine.
 
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on should say where")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stderr,
+    reason = "a test that cannot go on should say where"
+)]
 
 mod guest;
 mod local_image;
