@@ -21,6 +21,9 @@ use crate::limits;
 /// How long one import waits for another that makes the same layer.
 const LOCK_WAIT_MAX: Duration = Duration::from_secs(1800);
 
+/// How long making a folder in `tmp` waits for the removal of leftovers, and the other way round.
+const MAKING_WAIT_MAX: Duration = Duration::from_secs(10);
+
 /// What an import or a preparation is doing, for whoever waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Progress {
@@ -116,6 +119,8 @@ impl Store {
 
     /// Makes a temporary folder that a later [`Store::open`] removes if this process dies.
     pub(crate) fn scratch(&self) -> Result<Scratch, ImageError> {
+        // Between making the folder and holding its lock it looks like a dead one's.
+        let _making = self.lock_making(FlockOperation::NonBlockingLockShared)?;
         let tmp = self.root.join("tmp");
         let folder = tempfile::Builder::new()
             .prefix("import-")
@@ -126,6 +131,28 @@ impl Store {
         let io = |e: rustix::io::Errno| ImageError::io("lock", &path, e.into());
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(io)?;
         Ok(Scratch { folder, _lock: lock })
+    }
+
+    /// Shared: a folder in `tmp` is being made. Exclusive: leftovers are being removed.
+    fn lock_making(&self, how: FlockOperation) -> Result<File, ImageError> {
+        let path = self.root.join(".making");
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(|e| ImageError::io("make", &path, e))?;
+        let deadline = Instant::now() + MAKING_WAIT_MAX;
+        loop {
+            match rustix::fs::flock(&file, how) {
+                Ok(()) => return Ok(file),
+                Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                Err(error) => return Err(ImageError::io("lock", &path, error.into())),
+            }
+        }
     }
 
     /// Moves a whole file from a scratch folder to its final name.
@@ -201,6 +228,8 @@ impl Store {
     fn remove_leftovers(&self) {
         /// A file is written within this time, or its writer is gone.
         const FILE_AGE_MAX: Duration = Duration::from_secs(24 * 3600);
+        // Where that takes long, the next time will do.
+        let Ok(_alone) = self.lock_making(FlockOperation::NonBlockingLockExclusive) else { return };
         let Ok(entries) = fs::read_dir(self.root.join("tmp")) else { return };
         for entry in entries.flatten() {
             let path = entry.path();
