@@ -67,7 +67,7 @@ fn check_whole(pair: &Pair) {
 }
 
 async fn cut_and_repair(bytes: u64, up: bool, direction: Direction) {
-    let pair = Pair::new();
+    let pair = Pair::quick();
     for name in ["edited-here", "edited-there", "deleted-here", "deleted-there", "both", "kept"] {
         write(&pair.laptop().join(name), "base");
     }
