@@ -12,6 +12,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep};
 use towline_proto::frame::{Frame, FrameKind};
+use towline_proto::limits::DATA_CHUNK_MAX;
 use towline_proto::v1;
 use towline_streams::{FrameReader, FrameWriter};
 
@@ -272,7 +273,10 @@ impl Session {
                     writer_failed = true;
                     None
                 }
-                bytes = next_input(&mut self.input), if self.client.input_room() > 0 => {
+                // One read is a chunk at most: the guest takes no byte over the window.
+                bytes = next_input(&mut self.input),
+                    if self.client.input_room() >= DATA_CHUNK_MAX =>
+                {
                     self.on_input(bytes)
                 }
                 Some(written) = self.output.written() => {
