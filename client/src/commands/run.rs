@@ -87,6 +87,10 @@ impl RunPlan {
         };
         let config =
             folder.as_ref().map_or_else(|| Ok(FolderConfig::default()), ProjectFolder::config)?;
+        let always_new = args.new || args.rm;
+        // Without files, the folder is only how a sandbox is found again: a new one needs none,
+        // and starts where its image says.
+        let folder = folder.filter(|_| !(args.no_sync && always_new));
         let mut spec = args.spec.to_spec(folder.as_ref(), &config)?;
         spec.remove_on_exit = args.rm;
         let mut env: Vec<Vec<u8>> =
@@ -113,7 +117,7 @@ impl RunPlan {
             spec,
             start,
             tty: args.tty,
-            always_new: args.new || args.rm,
+            always_new,
             remove: args.rm,
             sync: !args.no_sync && folder.is_some(),
             folder,

@@ -26,7 +26,9 @@ pub enum ImageError {
         found: String,
     },
     /// Content is not what its digest says.
-    #[error("{what} does not have the content that its digest names: expected {expected}, found {found}")]
+    #[error(
+        "{what} does not have the content that its digest names: expected {expected}, found {found}"
+    )]
     WrongDigest {
         /// Which content.
         what: String,

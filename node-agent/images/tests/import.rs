@@ -333,7 +333,7 @@ fn a_layer_with_another_diff_id_is_refused() {
         ("index.json".into(), index.into_bytes()),
     ];
     let error = refused_archive(&archive_of(&files));
-    assert!(error.to_string().starts_with("layer 1 has the wrong content"), "{error}");
+    assert!(error.to_string().starts_with("layer 1 does not have the content"), "{error}");
 }
 
 #[test]
