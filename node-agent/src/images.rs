@@ -41,14 +41,17 @@ pub struct Images {
     embedded: bool,
     /// Manifests in use: sandboxes of one image share one.
     manifests: Mutex<BTreeMap<String, Weak<Manifest>>>,
+    /// Held while the machine is looked at, which takes memory: one sandbox after another.
+    looking: Mutex<()>,
 }
 
 impl Images {
     /// Opens the store in the cache.
     pub fn open(cache: &Path, root: &Path, embedded: bool) -> Result<Self, ImageError> {
-        let manifests = Mutex::default();
+        let store = Store::open(cache)?;
         let (cache, root) = (cache.to_owned(), root.to_owned());
-        Ok(Self { store: Store::open(&cache)?, cache, root, embedded, manifests })
+        let (manifests, looking) = (Mutex::default(), Mutex::default());
+        Ok(Self { store, cache, root, embedded, manifests, looking })
     }
 
     /// The store, for imports.
@@ -110,11 +113,9 @@ impl Images {
             local::open(&kept).map_err(failed)?
         } else {
             progress("looking at this machine's own system".into());
+            let _one = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
             let built = local::build(&self.cache, &self.root, home).map_err(failed)?;
-            keep(&built.path, &kept).map_err(|error| Failure {
-                reason: format!("could not keep the local image's manifest: {error}"),
-                transient: error.kind() == io::ErrorKind::NotFound,
-            })?;
+            keep(&built.path, &kept).map_err(|error| not_kept(&error))?;
             built.manifest
         };
         let manifest = self.shared(manifest);
@@ -152,6 +153,17 @@ fn keep(from: &Path, to: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         result => result,
     }
+}
+
+fn not_kept(error: &io::Error) -> Failure {
+    if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+        let reason = "no space left on the node for the sandbox: free some, or remove sandboxes \
+                      (`tow rm`)";
+        return lasting(reason.into());
+    }
+    // The cache may have forgotten the manifest in this moment.
+    let transient = error.kind() == io::ErrorKind::NotFound;
+    Failure { reason: format!("could not keep the local image's manifest: {error}"), transient }
 }
 
 /// A failure that trying again does not mend.

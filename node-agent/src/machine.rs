@@ -249,7 +249,6 @@ impl Machine {
                     boot_id: boot_id(),
                     epoch: assignment.epoch,
                     generation: assignment.generation,
-                    image_digest: image.digest.clone(),
                 };
                 dir.set_state(&state).map_err(|error| transient(&error))?;
             }

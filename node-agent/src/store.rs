@@ -37,6 +37,8 @@ struct StoredRecord {
     rest_reason: String,
     #[prost(message, optional, tag = "5")]
     main_exit: Option<ExitStatus>,
+    #[prost(string, tag = "6")]
+    image_digest: String,
 }
 
 /// What is known of a sandbox's newest start.
@@ -54,9 +56,6 @@ pub struct State {
     /// See `epoch`.
     #[prost(uint64, tag = "4")]
     pub generation: u64,
-    /// What was promised to the control plane as the image in use.
-    #[prost(string, tag = "5")]
-    pub image_digest: String,
 }
 
 /// The data directory, held by this process alone.
@@ -188,6 +187,7 @@ impl SandboxDir {
                 _ => None,
             },
             main_exit: stored.main_exit,
+            image_digest: stored.image_digest,
         })
     }
 
@@ -204,6 +204,7 @@ impl SandboxDir {
             rest,
             rest_reason,
             main_exit: record.main_exit.clone(),
+            image_digest: record.image_digest.clone(),
         };
         self.create()?;
         write(&self.root, SPEC, &stored.encode_to_vec())
@@ -285,6 +286,7 @@ mod tests {
             came_up: true,
             rest: Some(Rest::Failed { reason: "why".into() }),
             main_exit: None,
+            image_digest: "sha256:2".into(),
         };
         folder.set_record(&record).unwrap();
         assert_eq!(folder.record(), Some(record));

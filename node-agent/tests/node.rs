@@ -94,7 +94,7 @@ async fn a_killed_node_agents_vms_live_on_and_are_taken_up() {
     assert!(world.doubles.is_running(0) && world.doubles.is_running(1));
     // One of them ends while nobody looks.
     let second = usize::from(world.doubles.configured(1).hostname == "box-2");
-    world.doubles.end(second);
+    world.doubles.end(second).await;
     world.control.forget();
     world.start();
     world.control.until(1, 1, Phase::Running).await;
@@ -105,6 +105,29 @@ async fn a_killed_node_agents_vms_live_on_and_are_taken_up() {
     assert_eq!(world.control.link_endpoint(), first, "laptops find it where it was");
     let laptop = world.laptop().await;
     world.ping(&laptop, &world.ticket(&laptop, 1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_reboot_a_sandbox_is_stopped_and_can_be_started() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running)]);
+    let running = world.control.until(1, 1, Phase::Running).await;
+    world.kill().await;
+    world.doubles.end(0).await;
+    let store = towline_node_agent::store::Store::open(&world.data()).unwrap();
+    let dir = store.sandbox(sandbox(1));
+    let state =
+        towline_node_agent::store::State { boot_id: "another boot".into(), ..dir.state().unwrap() };
+    dir.set_state(&state).unwrap();
+    drop(store);
+    world.control.forget();
+    world.start();
+    let stopped = world.control.until(1, 1, Phase::Stopped).await;
+    assert_eq!(stopped.reason, "host restarted");
+    assert_eq!(stopped.image_digest, running.image_digest);
+    world.control.want(vec![desired(1, 2, Desired::Running)]);
+    world.control.until(1, 2, Phase::Running).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -141,7 +164,7 @@ async fn a_killed_vm_and_failures_are_told_with_their_reason() {
     large.spec.as_mut().unwrap().shape.as_mut().unwrap().memory_mib = 4096;
     world.control.want(vec![desired(1, 1, Desired::Running), unknown, large]);
     world.control.until(1, 1, Phase::Running).await;
-    world.doubles.end(0);
+    world.doubles.end(0).await;
     let stopped = world.control.until(1, 1, Phase::Stopped).await;
     assert!(stopped.reason.contains("signal: 9"), "{}", stopped.reason);
     let failed = world.control.until(2, 1, Phase::Failed).await;
@@ -226,7 +249,7 @@ async fn a_control_plane_that_was_away_is_told_everything_again() {
     world.control.until(1, 1, Phase::Running).await;
     world.control.cut();
     // Meanwhile the VM ends.
-    world.doubles.end(0);
+    world.doubles.end(0).await;
     world.control.forget();
     let stopped = world.control.until(1, 1, Phase::Stopped).await;
     assert!(stopped.reason.contains("signal: 9"), "{}", stopped.reason);

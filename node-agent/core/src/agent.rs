@@ -181,6 +181,7 @@ impl NodeAgent {
                 came_up: false,
                 rest: None,
                 main_exit: None,
+                image_digest: assignment.image_digest.clone(),
             };
             Sandbox::new(record)
         });

@@ -98,6 +98,8 @@ pub struct Record {
     pub rest: Option<Rest>,
     /// How the newest main command ended.
     pub main_exit: Option<ExitStatus>,
+    /// Manifest digest of the image in use, once that is known.
+    pub image_digest: String,
 }
 
 /// Why a sandbox without a VM has none.

@@ -136,13 +136,11 @@ pub(crate) struct Sandbox {
     note: String,
     driver: String,
     isolation: String,
-    image_digest: String,
 }
 
 impl Sandbox {
     pub(crate) fn new(record: Record) -> Self {
         Self {
-            image_digest: record.assignment.image_digest.clone(),
             record,
             stage: Stage::Resting,
             unwanted: false,
@@ -221,7 +219,7 @@ impl Sandbox {
             reason: reason.to_owned(),
             driver: self.driver.clone(),
             isolation: self.isolation.clone(),
-            image_digest: self.image_digest.clone(),
+            image_digest: self.record.image_digest.clone(),
             main_exit: self.record.main_exit.clone(),
         })
     }
@@ -394,7 +392,7 @@ impl Sandbox {
 
     pub(crate) fn prepared(&mut self, image_digest: String, cx: &mut Context<'_>) {
         if matches!(self.stage, Stage::Preparing { .. }) {
-            self.image_digest = image_digest;
+            self.record.image_digest = image_digest;
             self.note.clear();
             self.boot_tries += 1;
             self.stage = Stage::Booting { deadline: cx.now + BOOT_MAX };

@@ -71,9 +71,15 @@ impl Doubles {
         self.guests.lock().unwrap()[vm].lock().unwrap().configured.clone().unwrap()
     }
 
-    /// kill -9 of a VM.
-    pub(crate) fn end(&self, vm: usize) {
+    /// kill -9 of a VM; returns when it has ended.
+    pub(crate) async fn end(&self, vm: usize) {
         kill(self.pids()[vm]);
+        let ended = async {
+            while self.is_running(vm) {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(super::WAIT_MAX, ended).await.expect("a killed process ends");
     }
 
     pub(crate) fn is_running(&self, vm: usize) -> bool {
