@@ -3,12 +3,13 @@
 //! A stream's first frame carries the ticket, which the guest never sees. What does not come to
 //! more than a pipe is served here: pings and image imports.
 
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::io::AsyncWriteExt;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use towline_link::endpoint::{LinkConnection, LinkServer};
 use towline_link::stream::{LinkStream, Priority, RESET_CANCELLED};
 use towline_link::ticket::{CheckedTicket, TicketContext, TicketTarget, TicketVerifier};
@@ -27,11 +28,13 @@ use crate::{image_import, streams};
 const CONNECTIONS_MAX: usize = 1024;
 /// Imports at once: each unpacks on all CPUs.
 const IMPORTS_MAX: usize = 2;
+/// A node that has just been started for the first time is given this long to be registered.
+const REGISTERED_WAIT: Duration = Duration::from_secs(5);
 
 /// Who this node is to ticket holders.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Authority {
-    node: Option<NodeId>,
+    node: NodeId,
     cluster_id: String,
     verifier: TicketVerifier,
 }
@@ -42,7 +45,7 @@ pub struct Tunnel {
     gates: Arc<Gates>,
     guests: Arc<Guests>,
     images: Arc<Images>,
-    authority: RwLock<Authority>,
+    authority: watch::Sender<Option<Arc<Authority>>>,
     imports: Arc<Semaphore>,
 }
 
@@ -50,17 +53,18 @@ impl Tunnel {
     /// One that lets nobody in until it knows who signs tickets.
     pub fn new(gates: Arc<Gates>, guests: Arc<Guests>, images: Arc<Images>) -> Arc<Self> {
         let imports = Arc::new(Semaphore::new(IMPORTS_MAX));
-        Arc::new(Self { gates, guests, images, authority: RwLock::default(), imports })
+        Arc::new(Self { gates, guests, images, authority: watch::Sender::default(), imports })
     }
 
     /// Takes what the control plane said at registration.
     pub fn registered(&self, registered: &NodeRegistered) {
+        let Ok(node) = NodeId::try_from(&registered.node_id[..]) else { return };
         let authority = Authority {
-            node: NodeId::try_from(&registered.node_id[..]).ok(),
+            node,
             cluster_id: registered.cluster_id.clone(),
             verifier: TicketVerifier::new(&registered.ticket_keys),
         };
-        *self.authority.write().unwrap_or_else(PoisonError::into_inner) = authority;
+        self.authority.send_replace(Some(Arc::new(authority)));
     }
 
     /// Accepts connections until the server is closed.
@@ -102,7 +106,7 @@ impl Tunnel {
             Err(refused) => return streams::refuse(&mut stream.writer, &refused).await,
         };
         stream.writer.get_mut().set_priority(Priority::of(open.kind.as_ref()));
-        let checked = match self.check(connection, &open.ticket) {
+        let checked = match self.check(connection, &open.ticket).await {
             Ok(checked) => checked,
             Err(refused) => {
                 tracing::info!(reason = refused.message, "stream refused");
@@ -193,18 +197,26 @@ impl Tunnel {
         Ok(())
     }
 
-    fn check(&self, connection: &LinkConnection, ticket: &[u8]) -> Result<CheckedTicket, Refused> {
+    async fn check(
+        &self,
+        connection: &LinkConnection,
+        ticket: &[u8],
+    ) -> Result<CheckedTicket, Refused> {
         let refused = |message: String| Refused::new(StreamErrorCode::Ticket, message);
         let spki = connection.peer().spki_sha256;
         let spki = spki.ok_or_else(|| refused("the connection has no certificate".into()))?;
-        let authority = self.authority.read().unwrap_or_else(PoisonError::into_inner);
-        let node_id = authority.node.ok_or_else(|| {
+        let mut known = self.authority.subscribe();
+        let authority = match timeout(REGISTERED_WAIT, known.wait_for(Option::is_some)).await {
+            Ok(Ok(known)) => known.clone(),
+            Ok(Err(_)) | Err(_) => None,
+        };
+        let authority = authority.ok_or_else(|| {
             refused("this node is not registered with a control plane yet; try again".into())
         })?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let context = TicketContext {
             cluster_id: &authority.cluster_id,
-            node_id,
+            node_id: authority.node,
             client_spki_sha256: &spki,
             now_unix_s: now.as_secs(),
         };
