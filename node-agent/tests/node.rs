@@ -247,10 +247,10 @@ async fn a_control_plane_that_was_away_is_told_everything_again() {
     world.start();
     world.control.want(vec![desired(1, 1, Desired::Running)]);
     world.control.until(1, 1, Phase::Running).await;
+    world.control.forget();
     world.control.cut();
     // Meanwhile the VM ends.
     world.doubles.end(0).await;
-    world.control.forget();
     let stopped = world.control.until(1, 1, Phase::Stopped).await;
     assert!(stopped.reason.contains("signal: 9"), "{}", stopped.reason);
     assert_eq!(world.doubles.pids().len(), 1, "it is not started again by itself");
