@@ -1,4 +1,5 @@
 //! Images of an OCI layout: what their config says is done, and hostile ones are refused by name.
+#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
 use std::fs;
 use std::path::Path;

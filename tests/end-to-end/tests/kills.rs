@@ -1,5 +1,6 @@
 //! kill -9 at random moments: what was acknowledged is there, once; streams lose and double nothing.
 //! `TOWLINE_KILLS` says how often (20 here, 200 in `make soak`).
+#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -91,7 +92,9 @@ fn listed(cluster: &Cluster) -> Option<Vec<(String, String)>> {
 
 /// Creates, stops and removes sandboxes until told to end; notes each answer.
 fn load(cluster: &Cluster, worker: u32, over: &AtomicBool, told: &Mutex<Acknowledged>) {
-    let note = |name: &str, what| drop(told.lock().unwrap().insert(name.to_owned(), what));
+    let note = |name: &str, what| {
+        told.lock().unwrap().insert(name.to_owned(), what);
+    };
     for number in 0.. {
         if over.load(Ordering::SeqCst) {
             return;

@@ -1,5 +1,6 @@
 //! `--image local`: the laptop's tools are there, its secrets are not, and a file that changes on
 //! the laptop is never a mix.
+#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};

@@ -1,4 +1,5 @@
 //! What a command run by `tow run` looks like from outside: exit codes, streams, names, bytes.
+#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::process::Command;

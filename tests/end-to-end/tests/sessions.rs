@@ -1,4 +1,5 @@
 //! What outlives what: detached commands, terminals, killed processes.
+#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
 use std::path::Path;
 use std::time::Duration;
