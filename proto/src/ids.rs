@@ -20,7 +20,9 @@ pub enum IdError {
         prefix: &'static str,
     },
     /// Not 26 characters of Crockford base 32.
-    #[error("`{0}` is not an id: 26 characters of 0-9 a-z without i, l, o, u should follow the prefix")]
+    #[error(
+        "`{0}` is not an id: 26 characters of 0-9 a-z without i, l, o, u should follow the prefix"
+    )]
     Text(String),
     /// Not 16 bytes.
     #[error("an id has 16 bytes, not {0}")]
