@@ -35,6 +35,8 @@ pub fn prepare() -> io::Result<()> {
     open_standard_descriptors()?;
     let cgroup = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("cgroup2", Path::new("/sys/fs/cgroup"), "cgroup2", cgroup, "")?;
+    // Nothing here could answer the kernel's wish for a further module: asking costs a process each.
+    fs::write("/proc/sys/kernel/modprobe", "\n")?;
     load_modules(Path::new(MODULES))?;
     fs::write("/proc/self/oom_score_adj", "-1000")?;
     raise_files_limit()?;

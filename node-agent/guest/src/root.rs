@@ -89,7 +89,9 @@ fn disk(serial: &str) -> io::Result<PathBuf> {
 fn mount_upper() -> io::Result<()> {
     let device = disk("upper")?;
     let flags = MountFlags::NOATIME;
-    mount(&device.to_string_lossy(), Path::new(UPPER), "ext4", flags, "")?;
+    // Inode tables that the template left unwritten are written when they are needed, not in the
+    // background of the first command.
+    mount(&device.to_string_lossy(), Path::new(UPPER), "ext4", flags, "noinit_itable")?;
     let upper = Path::new(UPPER);
     for folder in ["overlay/upper", "overlay/work", "folder", "spool", "names", "empty"] {
         fs::create_dir_all(upper.join(folder))?;
