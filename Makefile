@@ -39,7 +39,7 @@ lint:
 	cargo clippy --quiet --workspace --all-targets -- -D warnings
 
 docs: ## Build the API documentation
-	RUSTDOCFLAGS="-D warnings" cargo doc --quiet --workspace --no-deps
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" cargo doc --quiet --workspace --no-deps --document-private-items
 
 unit: build kernel
 	@tests/setup/tools.sh

@@ -44,7 +44,7 @@ pub struct RunArgs {
     /// Make a new sandbox and remove it afterwards
     #[arg(long)]
     pub rm: bool,
-    /// User to run as, instead of the sandbox's: root, or UID[:GID]
+    /// User to run as, instead of the sandbox's: root, UID or UID:GID
     #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
     pub user: Option<v1::User>,
     /// Working directory in the sandbox

@@ -24,7 +24,7 @@ pub struct ShellArgs {
     /// Environment flags.
     #[command(flatten)]
     pub env: EnvArgs,
-    /// User to run as, instead of the sandbox's: root, or UID[:GID]
+    /// User to run as, instead of the sandbox's: root, UID or UID:GID
     #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
     pub user: Option<v1::User>,
     /// Bring no files in or back

@@ -22,7 +22,7 @@ const NESTED_MAX: usize = 4;
 /// An image that is now in the store, its layer disks made.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Imported {
-    /// Digest of its manifest: the image's name for [`crate::prepare`].
+    /// Digest of its manifest: the image's name for [`crate::prepare()`].
     pub digest: Digest,
     /// Compressed bytes of its layers.
     pub bytes: u64,

@@ -280,7 +280,7 @@ impl LinkConnection {
     }
 
     /// The next stream that the peer opened. Cancel-safe. Answers travel with
-    /// [`Priority::default`] until [`LinkStream::set_priority`].
+    /// [`Priority::default`] until `set_priority`.
     pub async fn accept(&self) -> io::Result<LinkStream> {
         let (send, receive) = self.connection.accept_bi().await?;
         Ok(LinkStream::new(receive, send, Priority::default()))
