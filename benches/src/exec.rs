@@ -11,8 +11,7 @@ use crate::peer::Ssh;
 use crate::stats::{median, ms, percentile, ratio};
 
 const GOAL: f64 = 0.2;
-/// The sandbox that the following figures use too.
-pub(crate) const NAME: &str = "bench";
+const NAME: &str = "bench";
 
 /// Measures both, alternating.
 pub(crate) fn measure(cluster: &Cluster, runs: usize) -> anyhow::Result<Vec<Row>> {
