@@ -9,7 +9,7 @@ use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use towline_link::telemetry;
 use towline_node_agent::config::Config;
-use towline_node_agent::{memory, prepare, start};
+use towline_node_agent::{kernel, memory, prepare, start};
 
 /// Runs sandboxes as microVMs on this machine.
 #[derive(Debug, Parser)]
@@ -24,7 +24,7 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Fetch the guest kernel ahead and make the initramfs, then exit
+    /// Fetch the guest kernel ahead and, with a configuration, make the initramfs; then exit
     Prepare,
 }
 
@@ -57,13 +57,17 @@ fn report(error: &anyhow::Error) {
 
 async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let telemetry = telemetry::init("towline-node-agent");
-    let path = arguments.config.context("--config FILE is missing")?;
-    let config = Config::load(&path)?;
+    let config = arguments.config.map(|path| Config::load(&path)).transpose()?;
     let result = match arguments.verb {
         Some(Verb::Prepare) => {
-            tokio::task::spawn_blocking(move || prepare(&config).map(|_| ())).await?
+            tokio::task::spawn_blocking(move || match config {
+                Some(config) => prepare(&config).map(|_| ()),
+                None => prepare_kernel(),
+            })
+            .await?
         }
         None => {
+            let config = config.context("--config FILE is missing")?;
             let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
             let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
             let stop = async {
@@ -78,4 +82,16 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     tokio::task::spawn_blocking(move || telemetry.shutdown()).await?;
     result
+}
+
+/// Fetches the guest kernel into the user's own cache.
+fn prepare_kernel() -> anyhow::Result<()> {
+    let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
+    let cache = folder("TOWLINE_CACHE")
+        .map(PathBuf::from)
+        .or_else(|| folder("XDG_CACHE_HOME").map(|base| PathBuf::from(base).join("towline")))
+        .or_else(|| folder("HOME").map(|home| PathBuf::from(home).join(".cache/towline")))
+        .context("neither XDG_CACHE_HOME nor HOME is set: name a --config FILE")?;
+    kernel::ensure(&cache, &|text| tracing::info!("{text}")).context("getting the guest kernel")?;
+    Ok(())
 }

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use rustix::process::Pid;
 use tokio::io::AsyncReadExt;
 use towline_proto::v1::{ExecStart, StreamErrorCode, Terminal};
@@ -220,6 +220,9 @@ fn explain(stage: Stage, errno: i32, what: &What) -> Refusal {
     }
 }
 
+/// Size of a command's pipes, of which each process may have hundreds.
+const PIPE_BYTES: usize = 256 << 10;
+
 fn pipe_ends(no_stdin: bool) -> io::Result<(Ends, [OwnedFd; 3])> {
     let (stdout, child_stdout) = pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr, child_stderr) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -229,6 +232,10 @@ fn pipe_ends(no_stdin: bool) -> io::Result<(Ends, [OwnedFd; 3])> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
         (read, Some(write))
     };
+    for pipe in stdin.iter().chain([&stdout]) {
+        // Fewer turns of an emulated CPU; a kernel that refuses leaves the pipe as it was.
+        let _ = fcntl_setpipe_size(pipe, PIPE_BYTES);
+    }
     let ends = Ends { stdin, stdout, stderr: Some(stderr), terminal: false };
     Ok((ends, [child_stdin, child_stdout, child_stderr]))
 }

@@ -5,14 +5,21 @@
 
 use std::collections::VecDeque;
 
+use bytes::Bytes;
 use towline_proto::limits::UNACKED_MAX;
 
 use crate::refusal::Refusal;
 
+/// Pieces below this are joined.
+const SMALL: usize = 4 << 10;
+
 /// The input of one exec.
 #[derive(Debug, Default)]
 pub(crate) struct Stdin {
-    queue: VecDeque<u8>,
+    /// Pieces as they came, never empty: nothing is copied on the way to the process.
+    queue: VecDeque<Bytes>,
+    /// Bytes in the queue.
+    queued: usize,
     /// Offset after the last byte that the process' pipe has taken.
     pub(crate) consumed: u64,
     /// There is no input from this offset on.
@@ -24,7 +31,7 @@ pub(crate) struct Stdin {
 /// What the pump should do next.
 #[derive(Debug)]
 pub(crate) enum Next {
-    Write(Vec<u8>),
+    Write(Bytes),
     Close,
     Dead,
 }
@@ -32,16 +39,16 @@ pub(crate) enum Next {
 impl Stdin {
     /// Offset after the last byte that was received.
     pub(crate) fn accepted(&self) -> u64 {
-        self.consumed + self.queue.len() as u64
+        self.consumed + self.queued as u64
     }
 
     /// Bytes in memory.
     pub(crate) fn held(&self) -> usize {
-        self.queue.len()
+        self.queued
     }
 
     /// Takes bytes from a client.
-    pub(crate) fn push(&mut self, offset: u64, bytes: &[u8]) -> Result<(), Refusal> {
+    pub(crate) fn push(&mut self, offset: u64, bytes: &Bytes) -> Result<(), Refusal> {
         let accepted = self.accepted();
         if offset > accepted {
             return Err(Refusal::invalid(format!(
@@ -49,7 +56,7 @@ impl Stdin {
             )));
         }
         let known = usize::try_from(accepted - offset).unwrap_or(usize::MAX).min(bytes.len());
-        let new = &bytes[known..];
+        let new = bytes.slice(known..);
         if self.eof.is_some_and(|eof| accepted + new.len() as u64 > eof) {
             return Err(Refusal::invalid("standard input continues after its end"));
         }
@@ -57,12 +64,20 @@ impl Stdin {
             self.consumed += new.len() as u64;
             return Ok(());
         }
-        if self.queue.len() + new.len() > UNACKED_MAX {
+        if self.queued + new.len() > UNACKED_MAX {
             return Err(Refusal::invalid(format!(
                 "more than {UNACKED_MAX} bytes of standard input were sent without waiting for an ACK"
             )));
         }
-        self.queue.extend(new);
+        self.queued += new.len();
+        match self.queue.back_mut() {
+            // Small pieces would cost more to keep than to copy.
+            Some(last) if new.len() < SMALL && last.len() < SMALL => {
+                *last = [&last[..], &new[..]].concat().into();
+            }
+            _ if new.is_empty() => {}
+            _ => self.queue.push_back(new),
+        }
         Ok(())
     }
 
@@ -81,18 +96,26 @@ impl Stdin {
         if self.dead {
             return Some(Next::Dead);
         }
-        if self.queue.is_empty() {
+        let Some(first) = self.queue.front() else {
             return (self.eof == Some(self.consumed)).then_some(Next::Close);
-        }
-        Some(Next::Write(self.queue.iter().take(max).copied().collect()))
+        };
+        Some(Next::Write(first.slice(..first.len().min(max))))
     }
 
     /// The process has taken `len` bytes.
     pub(crate) fn advance(&mut self, len: usize) {
-        self.queue.drain(..len.min(self.queue.len()));
-        self.consumed += len as u64;
-        if self.queue.is_empty() {
-            self.queue = VecDeque::new();
+        let mut left = len.min(self.queued);
+        self.queued -= left;
+        self.consumed += left as u64;
+        while left > 0
+            && let Some(first) = self.queue.front_mut()
+        {
+            let taken = left.min(first.len());
+            drop(first.split_to(taken));
+            left -= taken;
+            if first.is_empty() {
+                self.queue.pop_front();
+            }
         }
     }
 
@@ -100,6 +123,7 @@ impl Stdin {
     pub(crate) fn kill(&mut self) {
         self.consumed = self.accepted();
         self.queue = VecDeque::new();
+        self.queued = 0;
         self.dead = true;
     }
 }
@@ -111,29 +135,29 @@ mod tests {
     #[test]
     fn input_that_comes_twice_counts_once_and_gaps_are_refused() {
         let mut stdin = Stdin::default();
-        stdin.push(0, b"hello").unwrap();
-        stdin.push(2, b"llo world").unwrap();
-        stdin.push(0, b"he").unwrap();
+        stdin.push(0, &Bytes::from_static(b"hello")).unwrap();
+        stdin.push(2, &Bytes::from_static(b"llo world")).unwrap();
+        stdin.push(0, &Bytes::from_static(b"he")).unwrap();
         assert_eq!(stdin.accepted(), 11);
-        assert!(stdin.push(12, b"x").is_err());
+        assert!(stdin.push(12, &Bytes::from_static(b"x")).is_err());
         let Some(Next::Write(bytes)) = stdin.next(100) else { panic!("there are bytes") };
-        assert_eq!(bytes, b"hello world");
+        assert_eq!(&bytes[..], b"hello world");
         stdin.advance(11);
         stdin.finish(11).unwrap();
         stdin.finish(11).unwrap();
         assert!(stdin.finish(12).is_err());
-        assert!(stdin.push(11, b"more").is_err());
+        assert!(stdin.push(11, &Bytes::from_static(b"more")).is_err());
         assert!(matches!(stdin.next(100), Some(Next::Close)));
     }
 
     #[test]
     fn the_queue_is_bounded_and_a_dead_reader_swallows() {
         let mut stdin = Stdin::default();
-        assert!(stdin.push(0, &vec![0; UNACKED_MAX + 1]).is_err());
-        stdin.push(0, &vec![0; UNACKED_MAX]).unwrap();
-        assert!(stdin.push(UNACKED_MAX as u64, b"x").is_err());
+        assert!(stdin.push(0, &vec![0; UNACKED_MAX + 1].into()).is_err());
+        stdin.push(0, &vec![0; UNACKED_MAX].into()).unwrap();
+        assert!(stdin.push(UNACKED_MAX as u64, &Bytes::from_static(b"x")).is_err());
         stdin.kill();
-        stdin.push(UNACKED_MAX as u64, b"x").unwrap();
+        stdin.push(UNACKED_MAX as u64, &Bytes::from_static(b"x")).unwrap();
         assert_eq!(stdin.consumed, UNACKED_MAX as u64 + 1);
     }
 }
