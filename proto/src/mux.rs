@@ -21,13 +21,13 @@ pub use wire::HEADER_LEN;
 /// Name of the virtio-serial port that carries the guest link.
 pub const PORT_NAME: &str = "dev.towline.link";
 /// Bytes that may be under way on one stream in one direction before the reader has read.
-pub const WINDOW: u32 = 256 << 10;
+pub const WINDOW: u32 = 512 << 10;
 /// Longest payload of one DATA frame: with its header it fills one write of a guest's port.
 pub const PIECE_MAX: usize = (32 << 10) - HEADER_LEN;
 /// Bytes that one stream keeps to be sent before its writer waits.
-pub const SEND_BUFFER_MAX: usize = 64 << 10;
+pub const SEND_BUFFER_MAX: usize = 128 << 10;
 /// Streams that a guest may have open towards the node at once (control, file system, and a few
-/// that are ending): their windows together bound what a hostile guest makes a node hold, 16 MiB.
+/// that are ending): their windows together bound what a hostile guest makes a node hold, 32 MiB.
 pub const GUEST_OPENED_MAX: usize = 64;
 /// Refusals waiting to be sent; a peer that causes more without reading is cut off.
 const REFUSALS_MAX: usize = 1024;

@@ -13,7 +13,7 @@ use towline_proto::mux::preamble::{
     Found, GuestScan, HostScan, Marker, answer, pad_after, preamble,
 };
 use towline_proto::mux::{
-    End, HalfError, Mux, MuxError, PIECE_MAX, Priority, Read, StreamId, WINDOW,
+    End, HalfError, Mux, MuxError, PIECE_MAX, Priority, Read, SEND_BUFFER_MAX, StreamId, WINDOW,
 };
 
 const SECRET: [u8; 32] = *b"\0\x01secret marker of this boot . 1";
@@ -111,7 +111,7 @@ fn a_writer_stops_at_the_window_until_the_reader_has_read() {
             break;
         }
     }
-    assert!(sent > WINDOW as usize && sent <= WINDOW as usize + (64 << 10));
+    assert!(sent > WINDOW as usize && sent <= WINDOW as usize + SEND_BUFFER_MAX);
     let (there, _) = guest.accept().unwrap();
     assert_eq!(read_all(&mut guest, there).0.len(), WINDOW as usize);
     carry(&mut guest, &mut host, 100);

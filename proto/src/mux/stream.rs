@@ -10,6 +10,10 @@ use bytes::{Buf, Bytes, BytesMut};
 
 use super::{HalfError, Priority, Read, SEND_BUFFER_MAX, WINDOW};
 
+/// Bytes read before the sender is told: early enough that it never has to wait for a slow guest's
+/// answer, late enough to cost little.
+const CREDIT_STEP: u32 = WINDOW / 8;
+
 /// Received pieces shorter than this are joined, so that many small ones cost no more than one.
 const JOIN_BELOW: usize = 1024;
 
@@ -304,7 +308,7 @@ impl Receiving {
     }
 
     pub(super) fn credit_due(&self) -> bool {
-        self.state == ReceiveState::Open && self.read >= WINDOW / 2
+        self.state == ReceiveState::Open && self.read >= CREDIT_STEP
     }
 
     pub(super) fn take_credit(&mut self) -> Option<u32> {
