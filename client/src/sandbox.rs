@@ -146,7 +146,8 @@ async fn start(
     set_desired(cluster, &sandbox, Desired::Running).await
 }
 
-fn reason(sandbox: &v1::Sandbox) -> String {
+/// Returns what was last said of it, fit for a terminal; empty when there is nothing to say.
+pub fn reason(sandbox: &v1::Sandbox) -> String {
     human::printable(sandbox.observed.as_ref().map_or("", |observed| &observed.reason))
 }
 

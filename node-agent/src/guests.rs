@@ -5,6 +5,7 @@
 //! it says decides about nothing but its own sandbox.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -40,11 +41,13 @@ const RELINK_PAUSE: Duration = Duration::from_millis(100);
 const LINK_WAIT: Duration = Duration::from_secs(20);
 /// Between two events of a guest: each may cost the node a write to its disk.
 const EVENT_PAUSE: Duration = Duration::from_millis(100);
+/// Between two notices about a guest's local image: the control plane commits each.
+const NOTICE_PAUSE: Duration = Duration::from_secs(1);
 /// Streams that a guest may have opened at once: it needs one, and one more while it changes over.
 const GUEST_OPENED_MAX: usize = 8;
 /// Commands that wait for a link: a shutdown and a few clock settings.
 const COMMANDS_MAX: usize = 8;
-/// Longest text of a guest that is shown to people.
+/// Longest text of or about a guest that is shown to people.
 const TEXT_MAX: usize = 300;
 
 /// One run's guest.
@@ -130,6 +133,8 @@ pub struct Attendance {
     pub secret: [u8; 32],
     /// Its local image, if it has one.
     pub local: Option<Arc<local::Server>>,
+    /// The newest that people should know about its local image; empty once it was told.
+    pub notices: watch::Sender<String>,
     /// Where to tell what happens.
     pub inputs: mpsc::Sender<Input>,
 }
@@ -150,7 +155,10 @@ pub fn attend(guests: &Arc<Guests>, attendance: Attendance, link: GuestLink, ope
     let mut attendants = guests.attendants.lock().unwrap_or_else(PoisonError::into_inner);
     while attendants.try_join_next().is_some() {}
     attendants.spawn(async move {
-        let exit = attendance.until_exit(&guest, link, opened, waiting).await;
+        let exit = tokio::select! {
+            exit = attendance.until_exit(&guest, link, opened, waiting) => exit,
+            never = attendance.tell_notices() => match never {},
+        };
         if let Some(guests) = table.upgrade() {
             guests.remove(&guest);
         }
@@ -279,8 +287,23 @@ impl Attendance {
             while opened.try_join_next().is_some() {}
             // One too many is dropped, which resets it.
             if opened.len() < GUEST_OPENED_MAX {
-                opened.spawn(serve_opened(self.local.clone(), send, recv));
+                let (local, notices) = (self.local.clone(), self.notices.clone());
+                opened.spawn(serve_opened(local, notices, send, recv));
             }
+        }
+    }
+
+    /// Tells the newest notice, and the next one not before a pause.
+    async fn tell_notices(&self) -> Infallible {
+        let (sandbox, run) = (self.sandbox, self.run);
+        let mut notices = self.notices.subscribe();
+        loop {
+            let some = notices.wait_for(|notice| !notice.is_empty()).await;
+            drop(some.expect("we hold the sender"));
+            let text = cut(&self.notices.send_replace(String::new()));
+            tracing::info!(%sandbox, run, text, "local image");
+            let _ = self.inputs.send(Input::GuestNotice { sandbox, run, text }).await;
+            sleep(NOTICE_PAUSE).await;
         }
     }
 
@@ -349,17 +372,22 @@ pub fn understand(frame: &Frame) -> Result<Said, FrameError> {
     })
 }
 
-/// A guest's text, fit for people and logs.
+/// A text of or about a guest, fit for people and logs.
 fn cut(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect()
 }
 
-async fn serve_opened(local: Option<Arc<local::Server>>, send: MuxSend, recv: MuxRecv) {
+async fn serve_opened(
+    local: Option<Arc<local::Server>>,
+    notices: watch::Sender<String>,
+    send: MuxSend,
+    recv: MuxRecv,
+) {
     let (mut reader, mut writer) = streams::framed(recv, send);
     let open = streams::read_open(&mut reader).await;
     let refused = match (open.map(|open| open.kind), local) {
         (Ok(Some(Kind::Fuse(_))), Some(server)) => {
-            return local_image::serve(server, reader, writer).await;
+            return local_image::serve(server, notices, reader, writer).await;
         }
         (Ok(Some(Kind::Fuse(_))), None) => {
             Refused::new(StreamErrorCode::Unsupported, "this sandbox has no local image")

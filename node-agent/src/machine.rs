@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prost::Message;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use towline_node_core::{Assignment, Failure, FoundVm, Input, Record, Run};
@@ -229,6 +229,7 @@ impl Machine {
             vm: Arc::clone(vm),
             secret,
             local: image.and_then(|image| image.local.clone()),
+            notices: watch::Sender::default(),
             inputs: self.inputs.clone(),
         }
     }

@@ -80,6 +80,9 @@ pub(super) async fn run(args: ExecArgs, env: &Env) -> Outcome {
     if let (Some((found, folder)), Ended::Exited(_)) = (&synced, &ended) {
         sync::after(&guest, found, folder, env).await?;
     }
+    if let Some((found, _)) = &synced {
+        say_news(&guest, found, &ended, env).await;
+    }
     Ok(finish(env, &ended, &args.name))
 }
 
@@ -122,6 +125,18 @@ pub(super) async fn start_and_follow(
     io: Io,
 ) -> anyhow::Result<Ended> {
     exec::run(guest, ExecClient::new(exec_id.to_vec(), How::Start(start)), io).await
+}
+
+/// After a command that failed without saying why, says what was said of its sandbox meanwhile:
+/// that it met a file of the local image which changed, for one.
+pub(super) async fn say_news(guest: &Guest<'_>, before: &v1::Sandbox, ended: &Ended, env: &Env) {
+    let Ended::Exited(status) = ended else { return };
+    if ended.exit() == Exit::OK || !status.reason.is_empty() {
+        return;
+    }
+    if let Some(news) = guest.news(before).await {
+        env.printer.warning(news);
+    }
 }
 
 /// Says what a person should know about the end, and returns the exit code.

@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::signal::unix::{SignalKind, signal};
 use towline_proto::v1::{self, Desired};
 
-use super::exec::{check, finish, start_and_follow};
+use super::exec::{check, finish, say_news, start_and_follow};
 use crate::cluster::{Cluster, Start};
 use crate::commands::Env;
 use crate::daemon::place::Place;
@@ -194,6 +194,9 @@ async fn run_in(
             return Ok(Ended::Signalled(INTERRUPT));
         };
         back?;
+    }
+    if let Ok(ended) = &ended {
+        say_news(&guest, &running, ended, env).await;
     }
     ended
 }

@@ -20,6 +20,9 @@ use crate::sandbox;
 /// Bound on asking the control plane about a broken stream.
 const VERDICT_MAX: Duration = Duration::from_secs(3);
 
+/// Bound on asking for news after a command that failed: nobody waits for them.
+const NEWS_MAX: Duration = Duration::from_secs(1);
+
 /// One sandbox, by what was typed or by its record.
 #[derive(Debug)]
 pub struct Guest<'a> {
@@ -87,6 +90,16 @@ impl<'a> Guest<'a> {
             }
         };
         tokio::time::timeout(VERDICT_MAX, look).await?
+    }
+
+    /// What was said of the running sandbox since it was as in `before`, where the control plane
+    /// was reached already and answers at once.
+    pub async fn news(&self, before: &v1::Sandbox) -> Option<String> {
+        let look = sandbox::by_id(self.cluster.get()?, &before.id);
+        let now = tokio::time::timeout(NEWS_MAX, look).await.ok()?.ok()??;
+        let news = sandbox::reason(&now);
+        let told = news.is_empty() || news == sandbox::reason(before);
+        (!told && sandbox::phase(&now) == Phase::Running).then_some(news)
     }
 }
 

@@ -304,7 +304,8 @@ pub enum Input {
         /// How.
         status: ExitStatus,
     },
-    /// The guest says something that people should know (out of memory).
+    /// Something that people should know: the guest says it (out of memory), or who serves its
+    /// local image (a file changed since the start).
     GuestNotice {
         /// Whose.
         sandbox: SandboxId,

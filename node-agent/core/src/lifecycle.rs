@@ -588,7 +588,12 @@ impl Sandbox {
     }
 
     pub(crate) fn noticed(&mut self, text: String) {
-        if self.stage == Stage::Running {
+        // A guest reads its image while it comes up, and what was said of that is said once.
+        let lives = matches!(
+            self.stage,
+            Stage::Adopting { .. } | Stage::Booting { .. } | Stage::Probing { .. } | Stage::Running
+        );
+        if lives {
             self.note = text;
         }
     }

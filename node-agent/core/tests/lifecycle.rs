@@ -295,6 +295,44 @@ fn a_removal_that_fails_is_tried_until_it_is_done() {
 }
 
 #[test]
+fn a_notice_is_told_while_it_runs_and_changes_nothing_else() {
+    let mut world = running();
+    let run = world.core.run(id(1)).unwrap();
+    let before = world.committed[&id(1)].clone();
+    let notice = |run, text: &str| Input::GuestNotice { sandbox: id(1), run, text: text.into() };
+    world.input(notice(run, "/lib/a changed"));
+    world.input(notice(run, "/lib/b changed"));
+    world.input(notice(run, "/lib/c changed"));
+    world.settle();
+    let told = world.committed[&id(1)].clone();
+    assert_eq!(told.reason, "/lib/c changed", "the newest");
+    assert_eq!(towline_proto::v1::Observed { reason: String::new(), ..told }, before);
+    // Said of what was stopped since, and of an older run: history.
+    world.want(assignment(1, 1, 2, Desired::Stopped));
+    world.settle();
+    world.input(notice(run, "/lib/d changed"));
+    world.settle();
+    assert_eq!((world.phase(1), world.reason(1)), (Some(Phase::Stopped), "stopped"));
+    world.want(assignment(1, 1, 3, Desired::Running));
+    world.settle();
+    world.input(notice(run, "/lib/d changed"));
+    world.settle();
+    assert_eq!((world.phase(1), world.reason(1)), (Some(Phase::Running), ""));
+}
+
+#[test]
+fn a_notice_that_comes_before_it_runs_is_not_lost() {
+    let mut world = running();
+    world.restart();
+    world.connect();
+    let run = world.core.run(id(1)).unwrap();
+    world.input(Input::GuestNotice { sandbox: id(1), run, text: "/lib/a changed".into() });
+    world.want(assignment(1, 1, 1, Desired::Running));
+    world.settle();
+    assert_eq!((world.phase(1), world.reason(1)), (Some(Phase::Running), "/lib/a changed"));
+}
+
+#[test]
 fn the_end_of_the_main_command_is_kept_over_a_restart() {
     let mut world = running();
     let run = world.core.run(id(1)).unwrap();

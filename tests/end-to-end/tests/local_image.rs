@@ -7,7 +7,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
 use towline_end_to_end::cluster::{BOOT, SHORT};
-use towline_end_to_end::run::wait_for;
+use towline_end_to_end::run::{Finished, wait_for};
 use towline_end_to_end::{Cluster, skipped};
 
 const MARK: &str = "planted-secret-do-not-leak";
@@ -69,6 +69,7 @@ fn plant(home: &Path) {
     symlink("../../.ssh/id_ed25519", tools.join("relative-link")).unwrap();
     symlink("/proc/self/root/etc/shadow", tools.join("proc-link")).unwrap();
     fs::write(tools.join("changing"), "old-content\n").unwrap();
+    fs::write(tools.join("unread"), "old-content\n").unwrap();
 }
 
 fn secrets(cluster: &Cluster, folder: &Path) {
@@ -95,7 +96,7 @@ fn secrets(cluster: &Cluster, folder: &Path) {
             &format!("cat {file} 2>/dev/null | sed 's/^/LEAK {}: /'\n", file.replace('/', "."));
     }
     script += "for f in /etc/ssh/ssh_host_*_key /etc/ssl/private/*; do cat \"$f\" 2>/dev/null | sed 's/^/LEAK key: /'; done\n";
-    script += &format!("grep -r '{MARK}' {home} 2>/dev/null\n");
+    script += &format!("grep -r --exclude=unread '{MARK}' {home} 2>/dev/null\n");
     script += "echo looked\n";
     let name = cluster.json(["ls", "--json"])[0]["name"].as_str().unwrap().to_owned();
     for as_root in [false, true] {
@@ -119,19 +120,43 @@ fn replaced_library(cluster: &Cluster, folder: &Path) {
     let fresh = file.with_extension("new");
     fs::write(&fresh, "new-content-that-is-longer\n").unwrap();
     fs::rename(&fresh, &file).unwrap();
-    // Drop what the guest's page cache still has, so that the node is really asked.
-    let again = cluster.sh(folder, &format!("{show} || echo refused"));
+    // The guest may still have the old one in its page cache, or the node have it open.
+    let again = cluster.sh(folder, &format!("{show} || {{ echo refused; exit 3; }}"));
+    let shown = again.out();
     assert!(
-        ["old-content", "refused"].contains(&again.out().as_str()),
-        "a mix, or the new content under the old name: {}\n{}",
-        again.out(),
+        ["old-content", "refused"].contains(&shown.as_str()),
+        "a mix, or the new content under the old name: {shown}\n{}",
         again.err()
     );
-    let other = cluster.home().join(".cargo/bin/tool");
+    told_if_refused(cluster, &again, "changing");
+    // Nobody in the guest has read this one: there is nothing but the new one.
+    fs::write(file.with_file_name("unread"), "rewritten in place\n").unwrap();
+    let script = "cat $HOME/.cargo/bin/unread || { echo refused; exit 3; }";
+    let again = cluster.sh(folder, script).expect(3);
+    assert_eq!(again.out(), "refused", "{}", again.err());
+    told_if_refused(cluster, &again, "unread");
+    let other = file.with_file_name("tool");
     fs::write(&other, "#!/bin/sh\necho rewritten in place\n").unwrap();
     let again = cluster.sh(folder, "cat $HOME/.cargo/bin/tool || echo refused").ok();
     let old = "#!/bin/sh\necho tool-runs";
     assert!([old, "refused"].contains(&again.out().as_str()), "{}\n{}", again.out(), again.err());
+    told_if_refused(cluster, &again, "tool");
+}
+
+/// Whoever meets a file that has changed is told which, and what to do: by `tow run` where the
+/// news came before the command's end, and by `tow inspect` in any case.
+fn told_if_refused(cluster: &Cluster, run: &Finished, file: &str) {
+    if run.out() != "refused" {
+        return;
+    }
+    let name = cluster.json(["ls", "--json"])[0]["name"].as_str().unwrap().to_owned();
+    let tells = |text: &str| text.contains(&format!("/{file} changed")) && text.contains("--new");
+    wait_for("the reason to name the changed file", SHORT, || {
+        tells(cluster.inspect(&name)["reason"].as_str()?).then_some(())
+    });
+    let warnings = run.err().lines().filter(|line| line.starts_with("warning:")).count();
+    assert!(warnings <= 1, "{}", run.err());
+    assert!(warnings == 0 || tells(&run.err()), "{}", run.err());
 }
 
 /// A build reads the laptop's compiler while the node agent that serves it is killed.
