@@ -12,8 +12,10 @@ pub const FRAME_BODY_MAX: usize = (1 << 20) + 4096;
 /// interactive frames never wait behind a long one.
 pub const DATA_CHUNK_MAX: usize = 64 << 10;
 
-/// What a sender of a durable stream keeps until it is acknowledged, per direction and stream.
-pub const UNACKED_MAX: usize = 1 << 20;
+/// What a sender of a durable stream keeps until it is acknowledged, per direction and stream. Four
+/// processes pass each byte on; on a small machine that also emulates the guest, an answer takes
+/// tens of milliseconds.
+pub const UNACKED_MAX: usize = 4 << 20;
 
 /// Output kept in memory for an exec that nobody is attached to, before its process is held.
 pub const DETACHED_OUTPUT_MAX: usize = 8 << 20;
