@@ -543,7 +543,7 @@ mod tests {
         assert!(holds_secret(b"deb https://user:pa55@packages.example/ x main", false));
         assert!(holds_secret(b"url = https://ghp_abc@github.com/x", false));
         assert!(holds_secret(b"[registries.x]\ntoken = \"y\"", true));
-        assert!(!holds_secret(b"deb http://deb.debian.org/debian bookworm main", false));
+        assert!(!holds_secret(b"deb http://mirror.example.org/debian bookworm main", false));
         assert!(!holds_secret(b"# http://example.com/ mail me@example.com", false));
         assert!(!holds_secret(b"[source.crates-io]\nreplace-with = \"mirror\"", true));
     }
