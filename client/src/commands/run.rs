@@ -7,10 +7,12 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::Args;
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use tokio::signal::unix::{SignalKind, signal};
 use towline_proto::v1::{self, Desired};
 
@@ -42,7 +44,7 @@ pub struct RunArgs {
     #[arg(long)]
     pub new: bool,
     /// Make a new sandbox and remove it afterwards
-    #[arg(long)]
+    #[arg(long, conflicts_with = "detach")]
     pub rm: bool,
     /// User to run as, instead of the sandbox's: root, UID or UID:GID
     #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
@@ -231,7 +233,10 @@ async fn find_or_create(
     plan: &RunPlan,
     env: &Env,
 ) -> anyhow::Result<v1::Sandbox> {
-    let _turn = plan.folder.as_ref().map(turn).transpose()?;
+    let _turn = match &plan.folder {
+        Some(folder) => Some(turn(folder).await?),
+        None => None,
+    };
     if let Some(found) = existing(cluster, plan).await? {
         if let Some(difference) = plan.args.contradicts(&found.spec.clone().unwrap_or_default()) {
             let name = sandbox::name(&found);
@@ -282,14 +287,29 @@ fn usable(found: &v1::Sandbox) -> bool {
     found.desired() != Desired::Deleted && !throwaway
 }
 
+/// How long another `tow` may take to find or make the folder's sandbox.
+const TURN_MAX: Duration = Duration::from_secs(60);
+
 /// Waits for our turn with this folder; dropping the file gives it to the next.
-fn turn(folder: &ProjectFolder) -> anyhow::Result<File> {
+async fn turn(folder: &ProjectFolder) -> anyhow::Result<File> {
     let key = blake3::hash(folder.path.as_os_str().as_bytes()).to_hex();
     let name = format!("folder-{}.lock", &key.as_str()[..16]);
     let path = Place::discover()?.lock().with_file_name(name);
     let file = File::options().create(true).append(true).open(&path);
     let file = file.with_context(|| format!("could not open `{}`", path.display()))?;
-    flock(&file, FlockOperation::LockExclusive)
-        .context("waiting for another `tow` in this folder")?;
-    Ok(file)
+    let deadline = Instant::now() + TURN_MAX;
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(Errno::WOULDBLOCK) if Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Err(Errno::WOULDBLOCK) => {
+                let text =
+                    "another `tow run` has been looking for this folder's sandbox for a minute";
+                return Err(Failure::new(text).hint("see what it waits for: `tow ls`").into());
+            }
+            Err(error) => return Err(error).context("waiting for another `tow` in this folder"),
+        }
+    }
 }
