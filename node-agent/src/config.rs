@@ -181,7 +181,8 @@ impl Config {
     }
 }
 
-fn default_cache() -> Option<PathBuf> {
+/// The user's own cache of kernels and layers: `$XDG_CACHE_HOME/towline`, or `~/.cache/towline`.
+pub fn default_cache() -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").filter(|dir| !dir.is_empty());
     let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
     Some(cache.map(PathBuf::from).or_else(home)?.join("towline"))

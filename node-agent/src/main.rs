@@ -8,7 +8,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use towline_link::telemetry;
-use towline_node_agent::config::Config;
+use towline_node_agent::config::{Config, default_cache};
 use towline_node_agent::{kernel, memory, prepare, start};
 
 /// Runs sandboxes as microVMs on this machine.
@@ -86,11 +86,10 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 /// Fetches the guest kernel into the user's own cache.
 fn prepare_kernel() -> anyhow::Result<()> {
-    let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
-    let cache = folder("TOWLINE_CACHE")
+    let cache = std::env::var_os("TOWLINE_CACHE")
+        .filter(|folder| !folder.is_empty())
         .map(PathBuf::from)
-        .or_else(|| folder("XDG_CACHE_HOME").map(|base| PathBuf::from(base).join("towline")))
-        .or_else(|| folder("HOME").map(|home| PathBuf::from(home).join(".cache/towline")))
+        .or_else(default_cache)
         .context("neither XDG_CACHE_HOME nor HOME is set: name a --config FILE")?;
     kernel::ensure(&cache, &|text| tracing::info!("{text}")).context("getting the guest kernel")?;
     Ok(())
