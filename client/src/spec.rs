@@ -99,6 +99,8 @@ impl SpecArgs {
             user,
             env,
             remove_on_exit: false,
+            timeout_s: 0,
+            git: None,
         })
     }
 

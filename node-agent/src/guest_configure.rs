@@ -55,6 +55,7 @@ pub fn guest_configure(
         processes_max: shape.processes_max,
         // The guest agent keeps some for itself and gives the rest.
         memory_max_bytes: 0,
+        git: spec.git.clone(),
     })
 }
 

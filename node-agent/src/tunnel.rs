@@ -126,7 +126,16 @@ impl Tunnel {
                 return;
             }
             (
-                Some(Kind::Exec(_) | Kind::Files(_) | Kind::ExecList(_) | Kind::Ping(_)),
+                Some(
+                    Kind::Exec(_)
+                    | Kind::Files(_)
+                    | Kind::ExecList(_)
+                    | Kind::Ping(_)
+                    | Kind::Tcp(_)
+                    | Kind::PortList(_)
+                    | Kind::Forward(_)
+                    | Kind::Copy(_),
+                ),
                 TicketTarget::Sandbox(sandbox),
             ) => match self.to_guest(sandbox, checked.epoch, open, stream).await {
                 Ok(()) => return,
@@ -143,13 +152,22 @@ impl Tunnel {
                 Refused::new(StreamErrorCode::Ticket, "an import needs a ticket for images")
             }
             (
-                Some(Kind::Exec(_) | Kind::Files(_) | Kind::ExecList(_) | Kind::Ping(_)),
+                Some(
+                    Kind::Exec(_)
+                    | Kind::Files(_)
+                    | Kind::ExecList(_)
+                    | Kind::Ping(_)
+                    | Kind::Tcp(_)
+                    | Kind::PortList(_)
+                    | Kind::Forward(_)
+                    | Kind::Copy(_),
+                ),
                 TicketTarget::Images,
             ) => Refused::new(StreamErrorCode::Ticket, "this needs a ticket for a sandbox"),
-            (Some(Kind::Control(_) | Kind::Fuse(_)), _) => {
+            (Some(Kind::Control(_) | Kind::Fuse(_) | Kind::Egress(_) | Kind::Lookup(_)), _) => {
                 Refused::new(StreamErrorCode::Unsupported, "only guests open such streams")
             }
-            (None, _) => Refused::new(
+            (Some(Kind::Feed(_) | Kind::ImagePull(_)) | None, _) => Refused::new(
                 StreamErrorCode::Unsupported,
                 "this node agent does not know this kind of stream; is it older than `tow`?",
             ),
@@ -229,8 +247,18 @@ fn priority(kind: Option<&Kind>) -> GuestPriority {
         Some(Kind::Exec(_)) => GuestPriority::Interactive,
         Some(Kind::Files(_)) => GuestPriority::Bulk,
         Some(Kind::Fuse(_)) => GuestPriority::Demand,
-        Some(Kind::ImageImport(_)) => GuestPriority::Bulk,
-        Some(Kind::Control(_) | Kind::Ping(_) | Kind::ExecList(_)) | None => GuestPriority::Control,
+        Some(Kind::ImageImport(_) | Kind::ImagePull(_) | Kind::Copy(_)) => GuestPriority::Bulk,
+        Some(Kind::Tcp(_) | Kind::Egress(_)) => GuestPriority::Interactive,
+        Some(
+            Kind::Control(_)
+            | Kind::Ping(_)
+            | Kind::ExecList(_)
+            | Kind::Lookup(_)
+            | Kind::Feed(_)
+            | Kind::PortList(_)
+            | Kind::Forward(_),
+        )
+        | None => GuestPriority::Control,
     }
 }
 

@@ -65,6 +65,36 @@ pub enum FrameKind {
     /// `DaemonAnswer`.
     DaemonAnswer = 71,
     // 80..=99: files, see `towline-filesync`.
+    /// `TcpConnected`.
+    TcpConnected = 100,
+    /// Offset and bytes.
+    TcpData = 101,
+    /// Offset only: nothing comes from here on.
+    TcpEof = 102,
+    /// Offset only: all before it has been passed on and may be forgotten.
+    TcpAck = 103,
+    /// Empty: the connection was reset by its peer.
+    TcpReset = 104,
+    /// `PortList`.
+    PortList = 105,
+    /// `ForwardListening`.
+    ForwardListening = 106,
+    /// `ForwardAccepted`.
+    ForwardAccepted = 107,
+    /// Raw bytes of the archive; an empty one ends it.
+    CopyData = 108,
+    /// `CopyDone`.
+    CopyDone = 109,
+    /// `EgressOpened`.
+    EgressOpened = 110,
+    /// One datagram.
+    EgressDatagram = 111,
+    /// `LookupAnswer`.
+    LookupAnswer = 112,
+    /// `FeedEntry`.
+    FeedEntry = 113,
+    /// `FeedEnd`.
+    FeedEnd = 114,
 }
 
 /// One frame.

@@ -52,9 +52,19 @@ where
             let list = services.execs.list();
             return answer(&mut writer, &Frame::message(FrameKind::ExecList, &list)).await;
         }
-        Ok(Kind::Control(_) | Kind::Fuse(_) | Kind::ImageImport(_)) => {
-            Refusal::new(StreamErrorCode::Unsupported, "the guest does not serve this stream")
-        }
+        Ok(
+            Kind::Control(_)
+            | Kind::Fuse(_)
+            | Kind::ImageImport(_)
+            | Kind::ImagePull(_)
+            | Kind::Egress(_)
+            | Kind::Lookup(_)
+            | Kind::Feed(_)
+            | Kind::Tcp(_)
+            | Kind::PortList(_)
+            | Kind::Forward(_)
+            | Kind::Copy(_),
+        ) => Refusal::new(StreamErrorCode::Unsupported, "the guest does not serve this stream"),
         Err(refusal) => refusal,
     };
     answer(&mut writer, &Frame::message(FrameKind::Error, &refusal.to_message())).await;

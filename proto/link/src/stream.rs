@@ -46,8 +46,18 @@ impl Priority {
             Some(Kind::Exec(_)) => Self::Exec,
             Some(Kind::Files(_)) => Self::SyncMeta,
             Some(Kind::Fuse(_)) => Self::Demand,
-            Some(Kind::ImageImport(_)) => Self::Bulk,
-            Some(Kind::Control(_) | Kind::Ping(_) | Kind::ExecList(_)) | None => Self::Control,
+            Some(Kind::ImageImport(_) | Kind::ImagePull(_) | Kind::Copy(_)) => Self::Bulk,
+            Some(Kind::Tcp(_) | Kind::Egress(_)) => Self::Tcp,
+            Some(
+                Kind::Control(_)
+                | Kind::Ping(_)
+                | Kind::ExecList(_)
+                | Kind::Lookup(_)
+                | Kind::Feed(_)
+                | Kind::PortList(_)
+                | Kind::Forward(_),
+            )
+            | None => Self::Control,
         }
     }
 }

@@ -72,7 +72,8 @@ pub struct SandboxSpec {
     pub shape: ::core::option::Option<Shape>,
     #[prost(enumeration = "Isolation", tag = "4")]
     pub isolation: i32,
-    /// Egress policy. Only `none` is enforced, and so accepted, by this version.
+    /// Egress policy: `public` (the default: the public internet and what the node's operator allows) or
+    /// `none`.
     #[prost(string, tag = "5")]
     pub policy: ::prost::alloc::string::String,
     #[prost(message, optional, tag = "6")]
@@ -86,6 +87,19 @@ pub struct SandboxSpec {
     /// Remove the sandbox when its main command has ended and its client has left.
     #[prost(bool, tag = "9")]
     pub remove_on_exit: bool,
+    /// Stop it (never delete it) so long after each start; 0: never.
+    #[prost(uint64, tag = "10")]
+    pub timeout_s: u64,
+    /// Who commits are by, as git on the laptop says.
+    #[prost(message, optional, tag = "11")]
+    pub git: ::core::option::Option<GitIdentity>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct GitIdentity {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub email: ::prost::alloc::string::String,
 }
 /// How a process ended.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -176,6 +190,9 @@ pub struct Sandbox {
     pub created_ms: u64,
     #[prost(uint64, tag = "12")]
     pub since_ms: u64,
+    /// It is stopped then (Unix milliseconds of the replicated clock); 0: never.
+    #[prost(uint64, tag = "13")]
+    pub expires_ms: u64,
 }
 /// What a node offers.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -659,7 +676,10 @@ pub struct StreamOpen {
     /// Over QUIC: an encoded SignedTicket. Removed by the node before the guest sees it.
     #[prost(bytes = "vec", tag = "1")]
     pub ticket: ::prost::alloc::vec::Vec<u8>,
-    #[prost(oneof = "stream_open::Kind", tags = "2, 3, 4, 5, 6, 7, 8")]
+    #[prost(
+        oneof = "stream_open::Kind",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
+    )]
     pub kind: ::core::option::Option<stream_open::Kind>,
 }
 /// Nested message and enum types in `StreamOpen`.
@@ -685,6 +705,30 @@ pub mod stream_open {
         /// Laptop to guest: what execs exist.
         #[prost(message, tag = "8")]
         ExecList(super::ExecListOpen),
+        /// Laptop to guest: a connection to a port in the sandbox.
+        #[prost(message, tag = "9")]
+        Tcp(super::TcpOpen),
+        /// Guest to node: a connection or a datagram flow that the workload wants.
+        #[prost(message, tag = "10")]
+        Egress(super::EgressOpen),
+        /// Guest to node: what a name is, before the guest agent answers a DNS question.
+        #[prost(message, tag = "11")]
+        Lookup(super::LookupOpen),
+        /// Laptop to node: what happened to a sandbox, what its policy refused among it.
+        #[prost(message, tag = "12")]
+        Feed(super::FeedOpen),
+        /// Laptop to guest: which TCP ports are listened on.
+        #[prost(message, tag = "13")]
+        PortList(super::PortListOpen),
+        /// Laptop to guest: a listener in the guest whose connections the laptop takes.
+        #[prost(message, tag = "14")]
+        Forward(super::ForwardOpen),
+        /// Laptop to guest: files in or out as a tar archive (`tow cp`).
+        #[prost(message, tag = "15")]
+        Copy(super::CopyOpen),
+        /// Laptop to node: fetch an image from a registry.
+        #[prost(message, tag = "16")]
+        ImagePull(super::ImagePullOpen),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -847,6 +891,242 @@ pub struct StreamError {
     #[prost(string, tag = "2")]
     pub message: ::prost::alloc::string::String,
 }
+/// ---- tcp (laptop to guest) ----
+/// Durable like exec: both ends keep what the other has not acknowledged, so a stream that is cut is
+/// taken up again by its id. After TCP_CONNECTED each side sends TCP_DATA, TCP_EOF, TCP_ACK.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TcpOpen {
+    /// Chosen by the client, 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub stream_id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(oneof = "tcp_open::How", tags = "2, 3, 4")]
+    pub how: ::core::option::Option<tcp_open::How>,
+}
+/// Nested message and enum types in `TcpOpen`.
+pub mod tcp_open {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum How {
+        #[prost(message, tag = "2")]
+        Connect(super::TcpConnect),
+        #[prost(message, tag = "3")]
+        Resume(super::TcpResume),
+        /// Takes a connection that a ForwardOpen announced.
+        #[prost(message, tag = "4")]
+        Accept(super::TcpAccept),
+    }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TcpConnect {
+    /// Of the sandbox's loopback, IPv4 first.
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+    /// The first bytes to send, so that the first answer takes one round trip.
+    #[prost(bytes = "vec", tag = "2")]
+    pub first: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TcpResume {
+    /// The laptop has received this much.
+    #[prost(uint64, tag = "1")]
+    pub received_offset: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TcpAccept {
+    #[prost(bytes = "vec", tag = "1")]
+    pub connection_id: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct TcpConnected {
+    /// The guest has received this much.
+    #[prost(uint64, tag = "1")]
+    pub received_offset: u64,
+}
+/// ---- ports (laptop to guest) ----
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PortListOpen {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PortList {
+    #[prost(message, repeated, tag = "1")]
+    pub ports: ::prost::alloc::vec::Vec<ListeningPort>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListeningPort {
+    #[prost(uint32, tag = "1")]
+    pub port: u32,
+    /// 4 or 16 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub address: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint32, tag = "3")]
+    pub pid: u32,
+    #[prost(string, tag = "4")]
+    pub process: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForwardOpen {
+    /// Unguessable, 16 bytes; names the listener.
+    #[prost(bytes = "vec", tag = "1")]
+    pub forward_id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(oneof = "forward_open::Listener", tags = "2")]
+    pub listener: ::core::option::Option<forward_open::Listener>,
+}
+/// Nested message and enum types in `ForwardOpen`.
+pub mod forward_open {
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Listener {
+        /// A Unix socket that the guest agent makes for the sandbox's user.
+        #[prost(message, tag = "2")]
+        SshAgent(super::SshAgentListener),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SshAgentListener {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForwardListening {
+    /// Where the listener is in the sandbox.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: ::prost::alloc::vec::Vec<u8>,
+}
+/// One came: the laptop takes it by a TcpOpen with `accept`, within a bound.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForwardAccepted {
+    #[prost(bytes = "vec", tag = "1")]
+    pub connection_id: ::prost::alloc::vec::Vec<u8>,
+}
+/// ---- copy (laptop to guest) ----
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CopyOpen {
+    #[prost(enumeration = "CopyDirection", tag = "1")]
+    pub direction: i32,
+    /// A path in the sandbox; a relative one is beneath the folder.
+    #[prost(bytes = "vec", tag = "2")]
+    pub path: ::prost::alloc::vec::Vec<u8>,
+    /// Who reads or writes; absent: the sandbox's user.
+    #[prost(message, optional, tag = "3")]
+    pub user: ::core::option::Option<User>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct CopyDone {
+    #[prost(uint64, tag = "1")]
+    pub files: u64,
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+}
+/// Answered by EGRESS_OPENED or ERROR. After EGRESS_OPENED a TCP stream is raw bytes both ways, each
+/// half ended by its end; a UDP flow is EGRESS_DATAGRAM frames.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EgressOpen {
+    #[prost(enumeration = "EgressProtocol", tag = "1")]
+    pub protocol: i32,
+    #[prost(uint32, tag = "4")]
+    pub port: u32,
+    #[prost(oneof = "egress_open::Target", tags = "2, 3")]
+    pub target: ::core::option::Option<egress_open::Target>,
+}
+/// Nested message and enum types in `EgressOpen`.
+pub mod egress_open {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Target {
+        /// What the workload asked for; the node resolves it, checks every address and dials one of them.
+        #[prost(string, tag = "2")]
+        Name(::prost::alloc::string::String),
+        /// A literal address, 4 or 16 bytes.
+        #[prost(bytes, tag = "3")]
+        Address(::prost::alloc::vec::Vec<u8>),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EgressOpened {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LookupOpen {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    /// DNS record type: 1 A, 28 AAAA, others as IANA numbers them.
+    #[prost(uint32, tag = "2")]
+    pub record_type: u32,
+}
+/// Addresses are not told: the guest agent makes synthetic ones up.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LookupAnswer {
+    /// DNS response code: 0 no error, 2 server failure, 3 no such name, 5 refused (by policy).
+    #[prost(uint32, tag = "1")]
+    pub response_code: u32,
+    #[prost(bool, tag = "2")]
+    pub has_ipv4: bool,
+    #[prost(bool, tag = "3")]
+    pub has_ipv6: bool,
+    /// For types other than A and AAAA.
+    #[prost(message, repeated, tag = "4")]
+    pub records: ::prost::alloc::vec::Vec<DnsRecord>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DnsRecord {
+    #[prost(uint32, tag = "1")]
+    pub record_type: u32,
+    #[prost(uint32, tag = "2")]
+    pub ttl_s: u32,
+    /// As on the wire, names uncompressed.
+    #[prost(bytes = "vec", tag = "3")]
+    pub data: ::prost::alloc::vec::Vec<u8>,
+}
+/// ---- feed (laptop to node) ----
+/// Answered by FEED_ENTRY frames; FEED_END ends what there was when it does not follow.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FeedOpen {
+    /// Only entries with a greater sequence.
+    #[prost(uint64, tag = "1")]
+    pub after_sequence: u64,
+    #[prost(bool, tag = "2")]
+    pub follow: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FeedEntry {
+    /// Grows within a sandbox; a gap means that older entries were dropped.
+    #[prost(uint64, tag = "1")]
+    pub sequence: u64,
+    #[prost(uint64, tag = "2")]
+    pub unix_ms: u64,
+    #[prost(oneof = "feed_entry::What", tags = "3, 4")]
+    pub what: ::core::option::Option<feed_entry::What>,
+}
+/// Nested message and enum types in `FeedEntry`.
+pub mod feed_entry {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum What {
+        #[prost(message, tag = "3")]
+        Egress(super::EgressDecision),
+        #[prost(string, tag = "4")]
+        Note(::prost::alloc::string::String),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FeedEnd {
+    #[prost(uint64, tag = "1")]
+    pub last_sequence: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct EgressDecision {
+    #[prost(enumeration = "EgressProtocol", tag = "1")]
+    pub protocol: i32,
+    /// As the workload named it.
+    #[prost(string, tag = "2")]
+    pub target: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub port: u32,
+    /// What the name resolved to, as text; empty for a literal or when nothing was looked up.
+    #[prost(string, tag = "4")]
+    pub address: ::prost::alloc::string::String,
+    #[prost(bool, tag = "5")]
+    pub allowed: bool,
+    /// The rule that decided: `policy none`, `private 10.0.0.0/8`, `allow mirror.example:443`.
+    #[prost(string, tag = "6")]
+    pub rule: ::prost::alloc::string::String,
+    /// What would allow it, to be typed or configured.
+    #[prost(string, tag = "7")]
+    pub hint: ::prost::alloc::string::String,
+    /// How many of the same since the entry before.
+    #[prost(uint32, tag = "8")]
+    pub count: u32,
+}
 /// ---- guest control (guest link only) ----
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GuestHello {
@@ -905,6 +1185,9 @@ pub struct GuestConfigure {
     pub processes_max: u32,
     #[prost(uint64, tag = "16")]
     pub memory_max_bytes: u64,
+    /// Who commits are by, unless the sandbox says otherwise.
+    #[prost(message, optional, tag = "17")]
+    pub git: ::core::option::Option<GitIdentity>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GuestConfigured {
@@ -1005,6 +1288,29 @@ pub struct ImageImported {
     #[prost(uint32, tag = "3")]
     pub layers: u32,
 }
+/// ---- image pull ----
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImagePullOpen {
+    /// `host\[:port\]/path\[:tag|@digest\]`, or a name of the default registry.
+    #[prost(string, tag = "1")]
+    pub reference: ::prost::alloc::string::String,
+    /// Of the laptop's docker configuration, for this pull only; never kept.
+    #[prost(message, optional, tag = "2")]
+    pub credentials: ::core::option::Option<RegistryCredentials>,
+    /// Plain HTTP is allowed; a loopback registry is tried by it anyway.
+    #[prost(bool, tag = "3")]
+    pub insecure: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct RegistryCredentials {
+    #[prost(string, tag = "1")]
+    pub username: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub password: ::prost::alloc::string::String,
+    /// An OAuth2 refresh token instead of both.
+    #[prost(string, tag = "3")]
+    pub identity_token: ::prost::alloc::string::String,
+}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum StreamErrorCode {
@@ -1027,6 +1333,17 @@ pub enum StreamErrorCode {
     /// Another client took the stream over.
     TakenOver = 11,
     Unsupported = 12,
+    /// The sandbox's policy does not allow it.
+    Blocked = 13,
+    /// Nobody listens there.
+    ConnectionRefused = 14,
+    Unreachable = 15,
+    TimedOut = 16,
+    NameNotFound = 17,
+    /// A path, file or image that is not there.
+    NotFound = 18,
+    /// A registry wants other credentials.
+    Unauthorized = 19,
 }
 impl StreamErrorCode {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -1048,6 +1365,13 @@ impl StreamErrorCode {
             Self::Limit => "STREAM_ERROR_CODE_LIMIT",
             Self::TakenOver => "STREAM_ERROR_CODE_TAKEN_OVER",
             Self::Unsupported => "STREAM_ERROR_CODE_UNSUPPORTED",
+            Self::Blocked => "STREAM_ERROR_CODE_BLOCKED",
+            Self::ConnectionRefused => "STREAM_ERROR_CODE_CONNECTION_REFUSED",
+            Self::Unreachable => "STREAM_ERROR_CODE_UNREACHABLE",
+            Self::TimedOut => "STREAM_ERROR_CODE_TIMED_OUT",
+            Self::NameNotFound => "STREAM_ERROR_CODE_NAME_NOT_FOUND",
+            Self::NotFound => "STREAM_ERROR_CODE_NOT_FOUND",
+            Self::Unauthorized => "STREAM_ERROR_CODE_UNAUTHORIZED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -1066,6 +1390,72 @@ impl StreamErrorCode {
             "STREAM_ERROR_CODE_LIMIT" => Some(Self::Limit),
             "STREAM_ERROR_CODE_TAKEN_OVER" => Some(Self::TakenOver),
             "STREAM_ERROR_CODE_UNSUPPORTED" => Some(Self::Unsupported),
+            "STREAM_ERROR_CODE_BLOCKED" => Some(Self::Blocked),
+            "STREAM_ERROR_CODE_CONNECTION_REFUSED" => Some(Self::ConnectionRefused),
+            "STREAM_ERROR_CODE_UNREACHABLE" => Some(Self::Unreachable),
+            "STREAM_ERROR_CODE_TIMED_OUT" => Some(Self::TimedOut),
+            "STREAM_ERROR_CODE_NAME_NOT_FOUND" => Some(Self::NameNotFound),
+            "STREAM_ERROR_CODE_NOT_FOUND" => Some(Self::NotFound),
+            "STREAM_ERROR_CODE_UNAUTHORIZED" => Some(Self::Unauthorized),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum CopyDirection {
+    Unspecified = 0,
+    ToSandbox = 1,
+    FromSandbox = 2,
+}
+impl CopyDirection {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "COPY_DIRECTION_UNSPECIFIED",
+            Self::ToSandbox => "COPY_DIRECTION_TO_SANDBOX",
+            Self::FromSandbox => "COPY_DIRECTION_FROM_SANDBOX",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "COPY_DIRECTION_UNSPECIFIED" => Some(Self::Unspecified),
+            "COPY_DIRECTION_TO_SANDBOX" => Some(Self::ToSandbox),
+            "COPY_DIRECTION_FROM_SANDBOX" => Some(Self::FromSandbox),
+            _ => None,
+        }
+    }
+}
+/// ---- egress (guest to node) ----
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum EgressProtocol {
+    Unspecified = 0,
+    Tcp = 1,
+    Udp = 2,
+}
+impl EgressProtocol {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "EGRESS_PROTOCOL_UNSPECIFIED",
+            Self::Tcp => "EGRESS_PROTOCOL_TCP",
+            Self::Udp => "EGRESS_PROTOCOL_UDP",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "EGRESS_PROTOCOL_UNSPECIFIED" => Some(Self::Unspecified),
+            "EGRESS_PROTOCOL_TCP" => Some(Self::Tcp),
+            "EGRESS_PROTOCOL_UDP" => Some(Self::Udp),
             _ => None,
         }
     }

@@ -142,6 +142,7 @@ impl State {
             generation: 1,
             epoch: 1,
             node_id: create.node_id.clone(),
+            expires_ms: 0,
             observed: Some(v1::Observed {
                 sandbox_id: create.id.clone(),
                 epoch: 1,
