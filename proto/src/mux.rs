@@ -6,6 +6,7 @@
 
 pub mod preamble;
 mod stream;
+pub mod terms;
 mod wire;
 
 use std::collections::{BTreeMap, VecDeque};
@@ -14,15 +15,18 @@ use bytes::{Bytes, BytesMut};
 
 use crate::limits::GUEST_STREAMS_MAX;
 use stream::Stream;
+use terms::{Terms, WINDOW_MIN};
 use wire::{Kind, Parsed, Parser};
 
 pub use wire::HEADER_LEN;
 
 /// Name of the virtio-serial port that carries the guest link.
 pub const PORT_NAME: &str = "dev.towline.link";
-/// Bytes that may be under way on one stream in one direction before the reader has read.
+/// Bytes that this build takes on one stream before its reader has read. The other end may have
+/// another number: each says its own ([`terms`]).
 pub const WINDOW: u32 = 512 << 10;
-/// Longest payload of one DATA frame: with its header it fills one write of a guest's port.
+/// Longest payload of one DATA frame, in version 1: with its header it fills one write of a guest's
+/// port.
 pub const PIECE_MAX: usize = (32 << 10) - HEADER_LEN;
 /// Bytes that one stream keeps to be sent before its writer waits.
 pub const SEND_BUFFER_MAX: usize = 128 << 10;
@@ -155,6 +159,10 @@ pub enum Read {
 #[derive(Debug)]
 pub struct Mux {
     end: End,
+    /// What this end takes on each stream.
+    window: u32,
+    /// What the other end takes on each.
+    peer_window: u32,
     parser: Parser,
     /// Stream and rest of the DATA frame under way; no stream means that its bytes are dropped.
     data: Option<(Option<StreamId>, usize)>,
@@ -173,14 +181,17 @@ pub struct Mux {
 }
 
 impl Mux {
-    /// An empty session.
-    pub fn new(end: End) -> Self {
+    /// An empty session in which this end takes what its terms say, and the other as little as any
+    /// build takes, until [`Mux::agree`] says more.
+    pub fn new(end: End, ours: Terms) -> Self {
         let (next_id, peer_next_id) = match end {
             End::Host => (0, 1),
             End::Guest => (1, 0),
         };
         Self {
             end,
+            window: ours.window,
+            peer_window: WINDOW_MIN,
             parser: Parser::default(),
             data: None,
             streams: BTreeMap::new(),
@@ -196,6 +207,22 @@ impl Mux {
         }
     }
 
+    /// The other end has said its terms; writers may go on up to its window. Only the first counts.
+    pub fn agree(&mut self, peer: Terms) {
+        let more = peer.window.saturating_sub(self.peer_window);
+        if self.peer_window != WINDOW_MIN || more == 0 {
+            return;
+        }
+        self.peer_window = peer.window;
+        let ids: Vec<StreamId> = self.streams.keys().copied().collect();
+        for id in ids {
+            if let Some(stream) = self.streams.get_mut(&id) {
+                stream.sending.widen(more);
+            }
+            self.note_ready(id);
+        }
+    }
+
     /// Opens a stream; it exists for the peer as soon as something is transmitted.
     pub fn open(&mut self, priority: Priority) -> Result<StreamId, MuxError> {
         if self.streams.len() >= GUEST_STREAMS_MAX {
@@ -203,7 +230,7 @@ impl Mux {
         }
         let id = StreamId(self.next_id);
         self.next_id = self.next_id.checked_add(2).ok_or(MuxError::NoMoreStreams)?;
-        let mut stream = Stream::new(priority);
+        let mut stream = Stream::new(priority, self.window, self.peer_window);
         stream.open_due = true;
         self.streams.insert(id, stream);
         self.note_urgent(id);
@@ -394,7 +421,7 @@ impl Mux {
             return Ok(());
         }
         self.opened_by_peer += 1;
-        self.streams.insert(id, Stream::new(priority));
+        self.streams.insert(id, Stream::new(priority, self.window, self.peer_window));
         self.accepted.push_back(id);
         Ok(())
     }

@@ -12,11 +12,24 @@ use proptest::prelude::*;
 use towline_proto::mux::preamble::{
     Found, GuestScan, HostScan, Marker, answer, pad_after, preamble,
 };
+use towline_proto::mux::terms::{Terms, VERSION, WINDOW_MIN};
 use towline_proto::mux::{
     End, HalfError, Mux, MuxError, PIECE_MAX, Priority, Read, SEND_BUFFER_MAX, StreamId, WINDOW,
 };
 
 const SECRET: [u8; 32] = *b"\0\x01secret marker of this boot . 1";
+
+fn terms() -> Terms {
+    Terms::new(WINDOW)
+}
+
+/// Two ends that know each other's windows.
+fn pair(host: u32, guest: u32) -> (Mux, Mux) {
+    let mut ends = (Mux::new(End::Host, Terms::new(host)), Mux::new(End::Guest, Terms::new(guest)));
+    ends.0.agree(Terms::new(guest));
+    ends.1.agree(Terms::new(host));
+    ends
+}
 
 /// Moves everything that `from` has to say to `to`, cut into pieces of `cut` bytes.
 fn carry(from: &mut Mux, to: &mut Mux, cut: usize) {
@@ -46,7 +59,7 @@ fn priority(number: u8) -> Priority {
 
 #[test]
 fn a_question_and_its_answer_pass_and_the_stream_is_forgotten() {
-    let (mut host, mut guest) = (Mux::new(End::Host), Mux::new(End::Guest));
+    let (mut host, mut guest) = pair(WINDOW, WINDOW);
     let id = host.open(Priority::Control).unwrap();
     assert_eq!(host.write(id, b"question"), Ok(8));
     host.finish(id).unwrap();
@@ -68,7 +81,7 @@ fn a_question_and_its_answer_pass_and_the_stream_is_forgotten() {
 
 #[test]
 fn a_reader_that_leaves_early_stops_the_writer_but_not_its_own_output() {
-    let (mut host, mut guest) = (Mux::new(End::Host), Mux::new(End::Guest));
+    let (mut host, mut guest) = pair(WINDOW, WINDOW);
     let id = host.open(Priority::Interactive).unwrap();
     host.write(id, b"input that nobody wants").unwrap();
     carry(&mut host, &mut guest, 100);
@@ -88,7 +101,7 @@ fn a_reader_that_leaves_early_stops_the_writer_but_not_its_own_output() {
 
 #[test]
 fn an_abandoned_sender_is_an_error_to_its_reader_not_an_end() {
-    let (mut host, mut guest) = (Mux::new(End::Host), Mux::new(End::Guest));
+    let (mut host, mut guest) = pair(WINDOW, WINDOW);
     let id = guest.open(Priority::Demand).unwrap();
     guest.write(id, b"half of it").unwrap();
     carry(&mut guest, &mut host, 100);
@@ -100,7 +113,7 @@ fn an_abandoned_sender_is_an_error_to_its_reader_not_an_end() {
 
 #[test]
 fn a_writer_stops_at_the_window_until_the_reader_has_read() {
-    let (mut host, mut guest) = (Mux::new(End::Host), Mux::new(End::Guest));
+    let (mut host, mut guest) = pair(WINDOW, WINDOW);
     let id = host.open(Priority::Bulk).unwrap();
     let mut sent = 0;
     loop {
@@ -122,7 +135,7 @@ fn a_writer_stops_at_the_window_until_the_reader_has_read() {
 
 #[test]
 fn bulk_does_not_delay_control_and_is_not_starved_by_it() {
-    let mut host = Mux::new(End::Host);
+    let mut host = Mux::new(End::Host, terms());
     let bulk = host.open(Priority::Bulk).unwrap();
     let control = host.open(Priority::Control).unwrap();
     let mut wire = BytesMut::new();
@@ -144,7 +157,7 @@ fn bulk_does_not_delay_control_and_is_not_starved_by_it() {
 
 #[test]
 fn a_guest_cannot_open_streams_without_bound() {
-    let mut host = Mux::new(End::Host);
+    let mut host = Mux::new(End::Host, terms());
     let mut result = Ok(());
     for number in 0..10_000_u32 {
         let mut frame = BytesMut::new();
@@ -162,14 +175,14 @@ fn a_guest_cannot_open_streams_without_bound() {
 #[test]
 fn a_preamble_cut_in_its_nonce_does_not_hide_the_next_one() {
     let marker = Marker::new(SECRET);
-    let whole = preamble(&[marker], &[9; 16]);
+    let whole = preamble(&[marker], &[9; 16], terms());
     for cut in 0..whole.len() {
         let mut scan = GuestScan::new(marker);
         let mut found = Vec::new();
         scan.push(whole.slice(..cut), &mut found);
-        scan.push(preamble(&[marker], &[4; 16]), &mut found);
+        scan.push(preamble(&[marker], &[4; 16], terms()), &mut found);
         scan.push(Bytes::from_static(b"!"), &mut found);
-        let last = found.iter().rposition(|item| *item == Found::Session([4; 16]));
+        let last = found.iter().rposition(|item| *item == Found::Session([4; 16], terms()));
         let rest = last.map(|at| &found[at + 1..]);
         assert_eq!(rest, Some(&[Found::Bytes(Bytes::from_static(b"!"))][..]), "cut at {cut}");
     }
@@ -183,19 +196,68 @@ fn a_guest_with_the_secret_takes_the_boot_marker_for_padding() {
     for (has, starts) in [(marker, 1), (Marker::BOOT, 1)] {
         let mut scan = GuestScan::new(has);
         let mut found = Vec::new();
-        scan.push(preamble(&offered, &nonce), &mut found);
-        let sessions = found.iter().filter(|item| **item == Found::Session(nonce)).count();
+        scan.push(preamble(&offered, &nonce, terms()), &mut found);
+        let sessions = found.iter().filter(|item| **item == Found::Session(nonce, terms())).count();
         assert_eq!(sessions, starts);
         // Whatever follows in the preamble must be legal for the session.
-        let mut mux = Mux::new(End::Guest);
+        let mut mux = Mux::new(End::Guest, terms());
         for item in found {
             if let Found::Bytes(bytes) = item {
                 mux.receive(bytes).unwrap();
             }
         }
         let mut host = HostScan::new(&offered, &nonce);
-        assert_eq!(&host.push(Bytes::copy_from_slice(&answer(&has, &nonce)))[..], b"");
-        assert!(host.is_running());
+        let answer = Bytes::copy_from_slice(&answer(&has, &nonce, terms()));
+        assert_eq!(host.push(answer), Ok(Bytes::new()));
+        assert_eq!(host.terms(), Some(terms()));
+    }
+}
+
+#[test]
+fn each_end_keeps_to_the_others_window_whatever_its_own_is() {
+    for (ours, theirs) in [(WINDOW_MIN, WINDOW), (WINDOW, WINDOW_MIN), (5 * WINDOW, 70_001)] {
+        let (mut host, mut guest) = pair(ours, theirs);
+        let id = host.open(Priority::Bulk).unwrap();
+        let mut unread = 0;
+        while unread <= theirs as usize + SEND_BUFFER_MAX {
+            let taken = host.write(id, &[7; 9999]).unwrap();
+            unread += taken;
+            carry(&mut host, &mut guest, 1 << 20);
+            if taken == 0 {
+                break;
+            }
+        }
+        let (there, _) = guest.accept().unwrap();
+        assert_eq!(read_all(&mut guest, there).0.len(), theirs as usize);
+        carry(&mut guest, &mut host, 100);
+        carry(&mut host, &mut guest, 1 << 20);
+        assert!(!read_all(&mut guest, there).0.is_empty(), "{ours}, {theirs}: it never went on");
+    }
+}
+
+#[test]
+fn before_a_host_knows_its_guests_window_it_sends_what_every_build_takes() {
+    let mut host = Mux::new(End::Host, terms());
+    let mut guest = Mux::new(End::Guest, Terms::new(WINDOW_MIN * 3));
+    let id = host.open(Priority::Bulk).unwrap();
+    host.write(id, &[7; 100_000]).unwrap();
+    carry(&mut host, &mut guest, 1 << 20);
+    let (there, _) = guest.accept().unwrap();
+    host.agree(Terms::new(WINDOW_MIN * 3));
+    carry(&mut host, &mut guest, 1 << 20);
+    assert_eq!(read_all(&mut guest, there).0.len(), WINDOW_MIN as usize * 3);
+}
+
+#[test]
+fn a_guest_of_another_version_is_an_error_that_says_so() {
+    let nonce = [3; 16];
+    let newer = Terms { version: VERSION + 1, ..terms() };
+    for bad in [newer, Terms { version: 1, window: 7 }] {
+        let mut scan = HostScan::new(&[Marker::BOOT], &nonce);
+        let answer = Bytes::copy_from_slice(&answer(&Marker::BOOT, &nonce, bad));
+        assert_eq!(scan.push(answer.slice(..50)), Ok(Bytes::new()));
+        let error = scan.push(answer.slice(50..)).unwrap_err();
+        assert!(error.to_string().contains("stopped and started"), "{error}");
     }
 }
 
@@ -207,8 +269,8 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(end: End) -> Self {
-        Self { mux: Mux::new(end), streams: Vec::new(), received: BTreeMap::new() }
+    fn new(mux: Mux) -> Self {
+        Self { mux, streams: Vec::new(), received: BTreeMap::new() }
     }
 
     fn take_in(&mut self, bytes: Bytes) {
@@ -249,11 +311,23 @@ proptest! {
     /// Every byte arrives once, in order, on its own stream, whatever the schedule; a receiver that
     /// is over its credit would fail in `receive`.
     #[test]
-    fn streams_carry_their_bytes_in_any_schedule(steps in prop::collection::vec(step(), 1..150)) {
-        let mut ends = [Peer::new(End::Host), Peer::new(End::Guest)];
+    fn streams_carry_their_bytes_in_any_schedule(
+        steps in prop::collection::vec(step(), 1..150),
+        windows in (WINDOW_MIN..2 * WINDOW, WINDOW_MIN..2 * WINDOW),
+        agreed_at in 0..50usize,
+    ) {
+        let mut ends = [
+            Peer::new(Mux::new(End::Host, Terms::new(windows.0))),
+            Peer::new(Mux::new(End::Guest, Terms::new(windows.1))),
+        ];
+        // A guest knows the host's terms from the start, a host the guest's some time later.
+        ends[1].mux.agree(Terms::new(windows.0));
         let mut sent: [BTreeMap<StreamId, Vec<u8>>; 2] = Default::default();
         let mut byte = 0u8;
-        for step in steps {
+        for (at, step) in steps.into_iter().enumerate() {
+            if at == agreed_at {
+                ends[0].mux.agree(Terms::new(windows.1));
+            }
             match step {
                 Step::Open(end, number) => {
                     let peer = &mut ends[usize::from(end)];
@@ -287,6 +361,7 @@ proptest! {
                 }
             }
         }
+        ends[0].mux.agree(Terms::new(windows.1));
         loop {
             let mut moved = false;
             for from in 0..2 {
@@ -318,9 +393,9 @@ proptest! {
         cut in 1..3000usize,
     ) {
         for end in [End::Host, End::Guest] {
-            let mut mux = Mux::new(end);
+            let mut mux = Mux::new(end, terms());
             let _ = mux.receive(Bytes::copy_from_slice(&bytes));
-            let mut mux = Mux::new(end);
+            let mut mux = Mux::new(end, terms());
             let own = mux.open(Priority::Bulk).unwrap();
             let mut wire = BytesMut::new();
             for (id, kind, len) in &frames {
@@ -352,12 +427,12 @@ proptest! {
         let marker = Marker::new(SECRET);
         let mut scan = GuestScan::new(marker);
         let mut found = Vec::new();
-        scan.push(preamble(&[marker], &[1; 16]), &mut found);
-        prop_assert_eq!(&found[..], &[Found::Session([1; 16])]);
+        scan.push(preamble(&[marker], &[1; 16], terms()), &mut found);
+        prop_assert_eq!(&found[..], &[Found::Session([1; 16], terms())]);
         found.clear();
         // A frame's payload that ends like a marker, padded as the host does, comes out whole.
         let mut batch = BytesMut::from(&before[..]);
-        batch.extend_from_slice(&answer(&marker, &[0; 16])[..marker_part]);
+        batch.extend_from_slice(&answer(&marker, &[0; 16], terms())[..marker_part]);
         let payload = batch.clone();
         pad_after(&mut batch, &[marker]);
         for piece in batch.chunks(cut) {
@@ -365,28 +440,28 @@ proptest! {
         }
         let whole: Vec<u8> = found.drain(..).flat_map(|item| match item {
             Found::Bytes(bytes) => bytes.to_vec(),
-            Found::Session(_) => panic!("a session out of nothing"),
+            Found::Session(..) => panic!("a session out of nothing"),
         }).collect();
         prop_assert_eq!(&whole[..], &batch[..]);
         prop_assert!(whole.starts_with(&payload));
         // The host dies in the middle of the payload; a new one comes.
         let mut wire = payload;
-        wire.extend_from_slice(&preamble(&[marker], &[2; 16]));
+        wire.extend_from_slice(&preamble(&[marker], &[2; 16], terms()));
         wire.extend_from_slice(&after);
         let end = wire.len();
         pad_after(&mut wire, &[marker]);
         for piece in wire.chunks(cut) {
             scan.push(Bytes::copy_from_slice(piece), &mut found);
         }
-        let start = found.iter().position(|item| *item == Found::Session([2; 16])).unwrap();
+        let start = found.iter().position(|item| *item == Found::Session([2; 16], terms())).unwrap();
         let old: usize = found[..start].iter().map(|item| match item {
             Found::Bytes(bytes) => bytes.len(),
-            Found::Session(_) => 0,
+            Found::Session(..) => 0,
         }).sum();
         prop_assert!(old <= before.len() + marker_part + 8, "bytes of the marker were passed on");
         let new: Vec<u8> = found[start + 1..].iter().flat_map(|item| match item {
             Found::Bytes(bytes) => bytes.to_vec(),
-            Found::Session(_) => Vec::new(),
+            Found::Session(..) => Vec::new(),
         }).collect();
         prop_assert_eq!(&new[..], &wire[end - after.len()..]);
     }
@@ -401,13 +476,14 @@ proptest! {
         let (marker, nonce) = (Marker::new(SECRET), [7; 16]);
         let mut scan = HostScan::new(&[marker, Marker::BOOT], &nonce);
         let mut wire = before;
-        wire.extend_from_slice(&answer(&marker, &nonce)[..20]);
-        wire.extend_from_slice(&answer(&marker, &nonce));
+        wire.extend_from_slice(&answer(&marker, &nonce, terms())[..20]);
+        wire.extend_from_slice(&answer(&marker, &nonce, terms()));
         wire.extend_from_slice(&after);
         let mut got = Vec::new();
         for piece in wire.chunks(cut) {
-            got.extend_from_slice(&scan.push(Bytes::copy_from_slice(piece)));
+            got.extend_from_slice(&scan.push(Bytes::copy_from_slice(piece)).unwrap());
         }
         prop_assert_eq!(got, after);
+        prop_assert_eq!(scan.terms(), Some(terms()));
     }
 }

@@ -1,20 +1,25 @@
 //! Where a session starts in a byte pipe that may hold the rest of an older one.
 //!
-//! The host sends marker and nonce inside a PAD frame; the guest looks for its marker anywhere, also
-//! inside a frame, and answers marker and nonce; the host skips everything before that answer.
+//! The host sends marker, nonce and terms inside a PAD frame; the guest looks for its marker anywhere,
+//! also inside a frame, and answers marker, nonce and its own terms; the host skips everything before
+//! that answer. Terms ([`super::terms`]) let two ends of different builds work together: a guest runs
+//! on with the build that it was started with.
 //! Invariant: no byte of a marker that the guest knows is ever passed on as a session's.
 
 use bytes::{Bytes, BytesMut};
 use memchr::memmem;
 
 use super::StreamId;
+use super::terms::{TERMS_LEN, Terms};
 use super::wire::{Kind, put_header};
 
 /// Bytes of a marker.
 pub const MARKER_LEN: usize = 32;
 /// Bytes of a nonce.
 pub const NONCE_LEN: usize = 16;
-const PREAMBLE_LEN: usize = MARKER_LEN + NONCE_LEN;
+/// What follows a marker: the nonce and the sender's terms.
+const OPENING_LEN: usize = NONCE_LEN + TERMS_LEN;
+const PREAMBLE_LEN: usize = MARKER_LEN + OPENING_LEN;
 
 /// Chosen by the host for one session; repeated in the guest's answer.
 pub type Nonce = [u8; NONCE_LEN];
@@ -54,8 +59,8 @@ impl std::fmt::Debug for Marker {
 /// What a guest found in its input, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Found {
-    /// A session starts here: drop what was, send [`answer`].
-    Session(Nonce),
+    /// A session of a host with these terms starts here: drop what was, send [`answer`].
+    Session(Nonce, Terms),
     /// Bytes of the session that started last.
     Bytes(Bytes),
 }
@@ -65,9 +70,9 @@ pub enum Found {
 pub struct GuestScan {
     marker: Marker,
     finder: memmem::Finder<'static>,
-    /// The end of the input so far, if it could be the start of the marker or of a nonce.
+    /// The end of the input so far, if it could be the start of the marker or of an opening.
     held: BytesMut,
-    /// How much of `held` has been used as a nonce already and is not the session's.
+    /// How much of `held` has been used as an opening already and is not the session's.
     used: usize,
     state: GuestState,
 }
@@ -76,8 +81,8 @@ pub struct GuestScan {
 enum GuestState {
     /// No session yet.
     Waiting,
-    /// `held` is the start of a nonce.
-    Nonce,
+    /// `held` is the start of an opening.
+    Opening,
     Running,
 }
 
@@ -115,21 +120,21 @@ impl GuestScan {
     pub fn push(&mut self, input: Bytes, found: &mut Vec<Found>) {
         let mut input = self.join(input);
         while !input.is_empty() {
-            if self.state == GuestState::Nonce {
-                if input.len() < NONCE_LEN {
+            if self.state == GuestState::Opening {
+                if input.len() < OPENING_LEN {
                     self.held = BytesMut::from(&input[..]);
                     return;
                 }
                 self.start_session(&input, found);
-                // The nonce may be the rest of a preamble that was cut and the start of the next.
-                self.used = self.marker.begun(&input[..NONCE_LEN]);
-                let _ = input.split_to(NONCE_LEN - self.used);
+                // It may be the rest of a preamble that was cut and the start of the next.
+                self.used = self.marker.begun(&input[..OPENING_LEN]);
+                let _ = input.split_to(OPENING_LEN - self.used);
                 continue;
             }
             if let Some(at) = self.finder.find(&input) {
                 let _ = input.split_to(at + MARKER_LEN);
                 self.used = 0;
-                self.state = GuestState::Nonce;
+                self.state = GuestState::Opening;
                 continue;
             }
             let begun = self.marker.begun(&input);
@@ -150,10 +155,14 @@ impl GuestScan {
     }
 
     fn start_session(&mut self, input: &[u8], found: &mut Vec<Found>) {
-        let mut nonce = [0; NONCE_LEN];
-        nonce.copy_from_slice(&input[..NONCE_LEN]);
-        self.state = GuestState::Running;
-        found.push(Found::Session(nonce));
+        // Terms that no host sends are the rest of a preamble that was cut, and start nothing.
+        self.state = GuestState::Waiting;
+        if let Some((nonce, rest)) = input.split_first_chunk::<NONCE_LEN>()
+            && let Some(terms) = Terms::decode(rest)
+        {
+            self.state = GuestState::Running;
+            found.push(Found::Session(*nonce, terms));
+        }
     }
 
     fn pass_on(&mut self, mut bytes: Bytes, found: &mut Vec<Found>) {
@@ -169,60 +178,85 @@ impl GuestScan {
 /// The host's side: skips everything before the guest's answer.
 #[derive(Debug)]
 pub struct HostScan {
-    /// The answers that count, one for each marker that was sent.
+    /// What an answer that counts begins with, one for each marker that was sent.
     answers: Vec<memmem::Finder<'static>>,
     held: BytesMut,
-    running: bool,
+    /// Known once the guest has answered.
+    terms: Option<Terms>,
 }
+
+/// The guest's answer names terms that cannot be worked with.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the guest agent answered with terms that this node agent cannot work with ({0:02x?}): it is of \
+     another version, and is replaced when the sandbox is stopped and started"
+)]
+pub struct BadTerms([u8; TERMS_LEN]);
 
 impl HostScan {
     /// Waits for the answer to [`preamble`] with the same markers and nonce.
     pub fn new(markers: &[Marker], nonce: &Nonce) -> Self {
-        let finder = |marker| memmem::Finder::new(&answer(marker, nonce)).into_owned();
-        Self {
-            answers: markers.iter().map(finder).collect(),
-            held: BytesMut::new(),
-            running: false,
-        }
+        let finder = |marker| memmem::Finder::new(&opening(marker, nonce)).into_owned();
+        Self { answers: markers.iter().map(finder).collect(), held: BytesMut::new(), terms: None }
     }
 
-    /// Whether the guest has answered.
-    pub fn is_running(&self) -> bool {
-        self.running
+    /// The guest's terms, once it has answered.
+    pub fn terms(&self) -> Option<Terms> {
+        self.terms
     }
 
     /// Takes input, cut anywhere; returns bytes of the session.
-    pub fn push(&mut self, input: Bytes) -> Bytes {
-        if self.running {
-            return input;
+    pub fn push(&mut self, input: Bytes) -> Result<Bytes, BadTerms> {
+        if self.terms.is_some() {
+            return Ok(input);
         }
         self.held.extend_from_slice(&input);
         let found = self.answers.iter().filter_map(|answer| answer.find(&self.held)).min();
-        if let Some(at) = found {
-            self.running = true;
-            return self.held.split_off(at + PREAMBLE_LEN).freeze();
+        let Some(at) = found else {
+            let keep = self.held.len().min(PREAMBLE_LEN - 1);
+            self.held = self.held.split_off(self.held.len() - keep);
+            return Ok(Bytes::new());
+        };
+        let end = at + PREAMBLE_LEN;
+        if self.held.len() < end {
+            return Ok(Bytes::new());
         }
-        let keep = self.held.len().min(PREAMBLE_LEN - 1);
-        self.held = BytesMut::from(&self.held[self.held.len() - keep..]);
-        Bytes::new()
+        let rest = self.held.split_off(end).freeze();
+        let answered = &self.held[end - TERMS_LEN..];
+        let terms = Terms::decode(answered).filter(|terms| terms.is_ours());
+        self.terms = Some(terms.ok_or_else(|| {
+            let mut bytes = [0; TERMS_LEN];
+            bytes.copy_from_slice(answered);
+            BadTerms(bytes)
+        })?);
+        self.held = BytesMut::new();
+        Ok(rest)
     }
 }
 
 /// What a host sends to start a session. Several markers may be offered when it is not known which
 /// the guest has; a guest in a session takes the others for padding. The secret one goes first.
-pub fn preamble(markers: &[Marker], nonce: &Nonce) -> Bytes {
+pub fn preamble(markers: &[Marker], nonce: &Nonce, terms: Terms) -> Bytes {
     let mut out = BytesMut::new();
     for marker in markers {
         put_header(&mut out, StreamId(0), Kind::Pad, PREAMBLE_LEN);
-        out.extend_from_slice(&answer(marker, nonce));
+        out.extend_from_slice(&answer(marker, nonce, terms));
     }
     pad_after(&mut out, markers);
     out.freeze()
 }
 
-/// What a guest answers to a preamble.
-pub fn answer(marker: &Marker, nonce: &Nonce) -> [u8; PREAMBLE_LEN] {
+/// What a guest answers to a preamble; `terms` are its own, for the host's version
+/// ([`Terms::answer_to`]).
+pub fn answer(marker: &Marker, nonce: &Nonce, terms: Terms) -> [u8; PREAMBLE_LEN] {
     let mut out = [0; PREAMBLE_LEN];
+    out[..MARKER_LEN + NONCE_LEN].copy_from_slice(&opening(marker, nonce));
+    out[MARKER_LEN + NONCE_LEN..].copy_from_slice(&terms.encode());
+    out
+}
+
+fn opening(marker: &Marker, nonce: &Nonce) -> [u8; MARKER_LEN + NONCE_LEN] {
+    let mut out = [0; MARKER_LEN + NONCE_LEN];
     out[..MARKER_LEN].copy_from_slice(&marker.0);
     out[MARKER_LEN..].copy_from_slice(nonce);
     out

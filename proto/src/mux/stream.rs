@@ -8,11 +8,11 @@ use std::collections::VecDeque;
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use super::{HalfError, Priority, Read, SEND_BUFFER_MAX, WINDOW};
+use super::{HalfError, Priority, Read, SEND_BUFFER_MAX};
 
-/// Bytes read before the sender is told: early enough that it never has to wait for a slow guest's
-/// answer, late enough to cost little.
-const CREDIT_STEP: u32 = WINDOW / 8;
+/// Part of the window that is read before the sender is told: early enough that it never has to wait
+/// for a slow guest's answer, late enough to cost little.
+const CREDIT_PART: u32 = 8;
 
 /// Received pieces shorter than this are joined, so that many small ones cost no more than one.
 const JOIN_BELOW: usize = 1024;
@@ -32,11 +32,11 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    pub(super) fn new(priority: Priority) -> Self {
+    pub(super) fn new(priority: Priority, window: u32, peer_window: u32) -> Self {
         Self {
             priority,
-            sending: Sending::new(),
-            receiving: Receiving::new(),
+            sending: Sending::new(peer_window),
+            receiving: Receiving::new(window),
             open_due: false,
             sender_released: false,
             receiver_released: false,
@@ -72,13 +72,27 @@ pub(super) struct Sending {
     state: SendState,
     buffer: BytesMut,
     credit: u32,
+    /// The reader's window: credit never exceeds it.
+    window: u32,
     /// The reader went away, with this code.
     stopped: Option<u32>,
 }
 
 impl Sending {
-    fn new() -> Self {
-        Self { state: SendState::Open, buffer: BytesMut::new(), credit: WINDOW, stopped: None }
+    fn new(window: u32) -> Self {
+        Self {
+            state: SendState::Open,
+            buffer: BytesMut::new(),
+            credit: window,
+            window,
+            stopped: None,
+        }
+    }
+
+    /// The reader takes so much more than was known.
+    pub(super) fn widen(&mut self, more: u32) {
+        self.window = self.window.saturating_add(more);
+        self.credit = self.credit.saturating_add(more);
     }
 
     pub(super) fn push(&mut self, bytes: &[u8]) -> Result<usize, HalfError> {
@@ -139,7 +153,7 @@ impl Sending {
     /// False when it is more than any reader grants.
     pub(super) fn grant(&mut self, credit: u32) -> bool {
         match self.credit.checked_add(credit) {
-            Some(sum) if sum <= WINDOW => {
+            Some(sum) if sum <= self.window => {
                 self.credit = sum;
                 true
             }
@@ -204,6 +218,7 @@ pub(super) struct Receiving {
     /// Whole pieces, then `tail`.
     pieces: VecDeque<Bytes>,
     tail: BytesMut,
+    window: u32,
     /// Bytes that the peer may still send.
     allowed: u32,
     /// Bytes read and not yet granted again.
@@ -211,12 +226,13 @@ pub(super) struct Receiving {
 }
 
 impl Receiving {
-    fn new() -> Self {
+    fn new(window: u32) -> Self {
         Self {
             state: ReceiveState::Open,
             pieces: VecDeque::new(),
             tail: BytesMut::new(),
-            allowed: WINDOW,
+            window,
+            allowed: window,
             read: 0,
         }
     }
@@ -308,7 +324,7 @@ impl Receiving {
     }
 
     pub(super) fn credit_due(&self) -> bool {
-        self.state == ReceiveState::Open && self.read >= CREDIT_STEP
+        self.state == ReceiveState::Open && self.read >= self.window / CREDIT_PART
     }
 
     pub(super) fn take_credit(&mut self) -> Option<u32> {

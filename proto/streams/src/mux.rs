@@ -13,7 +13,8 @@ use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use towline_proto::mux::preamble::{GuestScan, Marker, Nonce};
-use towline_proto::mux::{End, Priority};
+use towline_proto::mux::terms::Terms;
+use towline_proto::mux::{End, Priority, WINDOW};
 
 use driver::{run_guest, run_host};
 use shared::Shared;
@@ -64,9 +65,22 @@ impl MuxDriver {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
-        let shared = Arc::new(Shared::new(End::Host));
+        Self::host_with(io, markers, nonce, Terms::new(WINDOW))
+    }
+
+    /// As [`MuxDriver::host`], with terms of its own.
+    pub fn host_with<S>(
+        io: S,
+        markers: &[Marker],
+        nonce: Nonce,
+        terms: Terms,
+    ) -> (MuxHandle, Incoming, impl Future<Output = io::Result<()>> + Send + use<S>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
+        let shared = Arc::new(Shared::new(End::Host, terms));
         let (handle, incoming) = handles(&shared);
-        (handle, incoming, run_host(io, shared, markers.to_vec(), nonce))
+        (handle, incoming, run_host(io, shared, markers.to_vec(), nonce, terms))
     }
 
     /// Waits for sessions as the guest. The pipe reporting its end (`read` = 0) is not the end: the
@@ -78,9 +92,21 @@ impl MuxDriver {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send,
     {
+        Self::guest_with(io, marker, Terms::new(WINDOW))
+    }
+
+    /// As [`MuxDriver::guest`], with terms of its own.
+    pub fn guest_with<S>(
+        io: S,
+        marker: Marker,
+        terms: Terms,
+    ) -> (GuestSessions, impl Future<Output = io::Result<()>> + Send + use<S>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send,
+    {
         let (sender, sessions) = mpsc::channel(4);
         let wanted = Arc::new(std::sync::Mutex::new(marker));
-        let driver = run_guest(io, GuestScan::new(marker), Arc::clone(&wanted), sender);
+        let driver = run_guest(io, terms, GuestScan::new(marker), Arc::clone(&wanted), sender);
         (GuestSessions { sessions, marker: wanted }, driver)
     }
 }

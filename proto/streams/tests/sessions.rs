@@ -14,6 +14,7 @@ use tokio::io::{
     AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, DuplexStream, ReadBuf, duplex,
 };
 use tokio::task::JoinHandle;
+use towline_proto::mux::terms::{Terms, WINDOW_MIN};
 use towline_streams::{GuestSession, Incoming, Marker, MuxDriver, MuxHandle, Priority};
 
 const SECRET: [u8; 32] = [0x5e; 32];
@@ -50,8 +51,12 @@ impl AsyncWrite for Kept {
 
 /// A guest that echoes every stream of every session and opens one that says which session it is.
 fn echo_guest(io: DuplexStream) -> JoinHandle<()> {
+    echo_guest_with(io, Terms::new(towline_proto::mux::WINDOW))
+}
+
+fn echo_guest_with(io: DuplexStream, terms: Terms) -> JoinHandle<()> {
     tokio::spawn(async move {
-        let (mut sessions, driver) = MuxDriver::guest(io, Marker::BOOT);
+        let (mut sessions, driver) = MuxDriver::guest_with(io, Marker::BOOT, terms);
         let driver = tokio::spawn(driver);
         let mut number = 0u8;
         while let Some(GuestSession { handle, mut incoming }) = sessions.next().await {
@@ -151,13 +156,31 @@ async fn a_new_host_takes_over_wherever_the_old_one_was_cut() {
     }
 }
 
+/// A node agent of another build takes a running guest over: neither knows the other's window.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hosts_with_other_windows_take_a_running_guest_over() {
+    let (near, far) = duplex(16 << 10);
+    let _guest = echo_guest_with(far, Terms::new(90_000));
+    let pipe = Kept(Arc::new(Mutex::new(near)));
+    for (round, window) in (1..).zip([WINDOW_MIN, 90_000, 1 << 20, 4 << 20]) {
+        let markers = [Marker::new(SECRET), Marker::BOOT];
+        let (handle, mut incoming, driver) =
+            MuxDriver::host_with(pipe.clone(), &markers, [round; 16], Terms::new(window));
+        let driver = tokio::spawn(driver);
+        assert_eq!(session_number(&mut incoming).await, round);
+        ask(&handle, 3 << 20).await;
+        driver.abort();
+        handle.ended().await;
+    }
+}
+
 #[tokio::test]
 async fn a_guest_that_breaks_the_rules_ends_the_session_with_a_reason() {
     let (near, mut far) = duplex(16 << 10);
     let (handle, _incoming, driver) = host(Kept(Arc::new(Mutex::new(near))), 9);
-    let mut preamble = [0; 2 * (8 + 48)];
+    let mut preamble = [0; 2 * (8 + 56)];
     far.read_exact(&mut preamble).await.unwrap();
-    far.write_all(&preamble[8..56]).await.unwrap();
+    far.write_all(&preamble[8..64]).await.unwrap();
     far.write_all(&[1, 0, 0, 0, 2, 255, 255, 255]).await.unwrap();
     let error = driver.await.unwrap().unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidData);

@@ -3,7 +3,9 @@
 
 use bytes::{Bytes, BytesMut};
 use towline_proto::frame;
-use towline_proto::mux::{End, Mux, Read};
+use towline_proto::mux::preamble::{HostScan, Marker};
+use towline_proto::mux::terms::Terms;
+use towline_proto::mux::{End, Mux, Read, WINDOW};
 use towline_proto::v1;
 
 /// Frames of any stream, and each message that a frame can hold.
@@ -23,9 +25,11 @@ pub fn frames(bytes: &[u8]) {
     }
 }
 
-/// What a hostile guest can say: the multiplexer, and the messages on the control stream.
+/// What a hostile guest can say: its answer to the preamble, the multiplexer, and the messages on the
+/// control stream.
 pub fn guest_messages(bytes: &[u8]) {
-    let mut mux = Mux::new(End::Host);
+    guest_answer(bytes);
+    let mut mux = Mux::new(End::Host, Terms::new(WINDOW));
     for piece in bytes.chunks(61) {
         if mux.receive(Bytes::copy_from_slice(piece)).is_err() {
             break;
@@ -40,6 +44,24 @@ pub fn guest_messages(bytes: &[u8]) {
         }
     }
     towline_node_agent::guests::fuzz_control(bytes);
+}
+
+/// The guest knows marker and nonce: what it may forge begins with them, and its terms are its own.
+fn guest_answer(bytes: &[u8]) {
+    let mut scan = HostScan::new(&[Marker::BOOT], b"nonce of fuzzing");
+    let mut mux = Mux::new(End::Host, Terms::new(WINDOW));
+    let Ok(stream) = mux.open(towline_proto::mux::Priority::Bulk) else { return };
+    for piece in bytes.chunks(61) {
+        let Ok(session) = scan.push(Bytes::copy_from_slice(piece)) else { return };
+        if let Some(terms) = scan.terms() {
+            mux.agree(terms);
+        }
+        if mux.receive(session).is_err() {
+            return;
+        }
+        let _full_or_ended = mux.write(stream, piece);
+        mux.transmit(&mut BytesMut::new(), 64 << 10);
+    }
 }
 
 /// Index, manifest and config of an OCI image layout.

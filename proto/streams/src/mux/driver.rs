@@ -18,6 +18,7 @@ use towline_proto::mux::End;
 use towline_proto::mux::preamble::{
     Found, GuestScan, HostScan, Marker, Nonce, answer, pad_after, preamble,
 };
+use towline_proto::mux::terms::Terms;
 
 use super::shared::Shared;
 use super::{GuestSession, handles};
@@ -40,13 +41,14 @@ pub(super) async fn run_host<S>(
     shared: Arc<Shared>,
     markers: Vec<Marker>,
     nonce: Nonce,
+    terms: Terms,
 ) -> io::Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     let _end = EndOnDrop(Arc::clone(&shared));
     let mut pipe = Pipe::new(io);
-    pipe.out = BytesMut::from(&preamble(&markers, &nonce)[..]);
+    pipe.out = BytesMut::from(&preamble(&markers, &nonce, terms)[..]);
     let mut scan = HostScan::new(&markers, &nonce);
     let result = poll_fn(|cx| {
         loop {
@@ -58,7 +60,7 @@ where
                 pad_after(out, &markers);
             })?;
             let read = pipe.poll_read(cx, |bytes| match bytes {
-                Some(bytes) => shared.receive(scan.push(bytes)).map_err(invalid),
+                Some(bytes) => take_from_guest(&shared, &mut scan, bytes),
                 None => Err(io::Error::new(
                     io::ErrorKind::UnexpectedEof,
                     "the guest link's socket was closed by the other side",
@@ -76,8 +78,18 @@ where
     result
 }
 
+fn take_from_guest(shared: &Shared, scan: &mut HostScan, bytes: Bytes) -> io::Result<()> {
+    let agreed = scan.terms().is_some();
+    let bytes = scan.push(bytes).map_err(invalid)?;
+    if let Some(terms) = scan.terms().filter(|_| !agreed) {
+        shared.agree(terms);
+    }
+    shared.receive(bytes).map_err(invalid)
+}
+
 pub(super) async fn run_guest<S>(
     io: S,
+    ours: Terms,
     mut scan: GuestScan,
     marker: Arc<Mutex<Marker>>,
     sessions: mpsc::Sender<GuestSession>,
@@ -118,10 +130,10 @@ where
             })?;
             for item in found.drain(..) {
                 match item {
-                    Found::Session(nonce) => {
+                    Found::Session(nonce, host) => {
                         current = None;
-                        let answer = answer(&scan.marker(), &nonce);
-                        match start_session(&sessions) {
+                        let answer = answer(&scan.marker(), &nonce, ours.answer_to(host));
+                        match start_session(&sessions, ours, host) {
                             Some(session) => current = Some(session),
                             None => continue,
                         }
@@ -152,8 +164,13 @@ where
 }
 
 /// Makes a session and hands it out; `None` while nobody takes the ones before, or at all.
-fn start_session(sessions: &mpsc::Sender<GuestSession>) -> Option<(Arc<Shared>, EndOnDrop)> {
-    let shared = Arc::new(Shared::new(End::Guest));
+fn start_session(
+    sessions: &mpsc::Sender<GuestSession>,
+    ours: Terms,
+    host: Terms,
+) -> Option<(Arc<Shared>, EndOnDrop)> {
+    let shared = Arc::new(Shared::new(End::Guest, ours));
+    shared.agree(host);
     let end = EndOnDrop(Arc::clone(&shared));
     let (handle, incoming) = handles(&shared);
     sessions.try_send(GuestSession { handle, incoming }).ok()?;

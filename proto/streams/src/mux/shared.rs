@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use bytes::{Bytes, BytesMut};
+use towline_proto::mux::terms::Terms;
 use towline_proto::mux::{End, HalfError, Mux, MuxError, Priority, Read, StreamId};
 
 #[derive(Debug)]
@@ -27,9 +28,9 @@ struct State {
 }
 
 impl Shared {
-    pub(super) fn new(end: End) -> Self {
+    pub(super) fn new(end: End, ours: Terms) -> Self {
         let state = State {
-            mux: Mux::new(end),
+            mux: Mux::new(end, ours),
             readers: BTreeMap::new(),
             writers: BTreeMap::new(),
             driver: None,
@@ -166,6 +167,11 @@ impl Shared {
     }
 
     // ---- for the driver ----
+
+    /// The other end has said its terms.
+    pub(super) fn agree(&self, peer: Terms) {
+        self.step(|state| state.mux.agree(peer));
+    }
 
     /// Takes bytes from the pipe.
     pub(super) fn receive(&self, bytes: Bytes) -> Result<(), MuxError> {
