@@ -59,7 +59,9 @@ pub enum Verb {
     Start(commands::start::StartArgs),
     /// Remove sandboxes and their disks
     Rm(commands::rm::RmArgs),
-    /// Check this machine and say what to do
+    /// Say or change when a sandbox is stopped by itself
+    Ttl(commands::ttl::TtlArgs),
+    /// Check this machine, say what to do, mend what can be mended
     Doctor(commands::doctor::DoctorArgs),
     /// Print a shell's completion script
     Completions(commands::completions::CompletionsArgs),
@@ -93,6 +95,7 @@ impl Verb {
             Self::Stop(args) => args.json,
             Self::Start(args) => args.json,
             Self::Rm(args) => args.json,
+            Self::Ttl(args) => args.json,
             Self::Doctor(args) => args.json,
             Self::Version(args) => args.json,
             Self::Image(verb) => verb.json(),
@@ -116,7 +119,6 @@ const LATER_VERBS: &[&str] = &[
     "pause",
     "resume",
     "prune",
-    "ttl",
     "checkpoint",
     "restore",
     "fork",
@@ -140,9 +142,7 @@ const LATER_FLAGS: &[(&str, &str)] = &[
     ("--publish", "publishing ports"),
     ("--reverse", "reverse ports"),
     ("--gpus", "GPUs"),
-    ("--timeout", "timeouts"),
     ("--watch", "watching"),
-    ("--fix", "repairing"),
 ];
 
 fn not_yet(error: &clap::Error) -> Option<clap::Error> {
@@ -185,12 +185,11 @@ mod tests {
 
     #[test]
     fn what_is_not_in_this_version_is_refused_as_such() {
-        let cases: [&[&str]; 9] = [
+        let cases: [&[&str]; 8] = [
             &["run", "-p", "80", "--", "true"],
             &["run", "--reverse", "80", "--", "true"],
             &["run", "--gpus", "1", "--", "true"],
             &["run", "--gpus=1", "--", "true"],
-            &["run", "--timeout", "3s", "--", "true"],
             &["run", "--policy", "public", "--", "true"],
             &["run", "--isolation", "process", "--", "true"],
             &["save", "a", "b"],

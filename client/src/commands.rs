@@ -18,6 +18,7 @@ pub mod shell;
 pub mod start;
 pub mod status;
 pub mod stop;
+pub mod ttl;
 pub mod up;
 pub mod version;
 
@@ -51,6 +52,7 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Stop(args) => stop::run(args, &env).await,
         Verb::Start(args) => start::run(args, &env).await,
         Verb::Rm(args) => rm::run(args, &env).await,
+        Verb::Ttl(args) => ttl::run(args, &env).await,
         Verb::Doctor(args) => doctor::run(args, &env).await,
         Verb::Completions(args) => completions::run(&args),
         Verb::Version(args) => version::run(&args, &env),

@@ -18,6 +18,7 @@ mod start;
 mod stop;
 mod supervisor;
 
+pub use enrol::renew_user;
 pub use layout::Layout;
 pub use lock::Holder;
 pub use ready::{Health, health};

@@ -39,6 +39,8 @@ pub struct FolderConfig {
     /// Size of new sandboxes.
     #[serde(default)]
     pub shape: ShapeConfig,
+    /// Stop the sandbox so long after each start, as `--timeout` takes it.
+    pub timeout: Option<String>,
     /// Environment of every command.
     #[serde(default)]
     pub env: BTreeMap<String, String>,

@@ -27,6 +27,22 @@ pub fn size_mib(text: &str) -> Result<u64, String> {
     }
 }
 
+/// Parses how long until a sandbox is stopped (`90s`, `30m`, `2h`, `1d12h`; `never`) and returns
+/// seconds, rounded up; 0 is never.
+pub fn timeout_s(text: &str) -> Result<u64, String> {
+    if text == "never" {
+        return Ok(0);
+    }
+    let wrong = || format!("`{text}` is not a duration: write for example 30m, 2h, 1d or never");
+    let duration = humantime::parse_duration(text).map_err(|_| wrong())?;
+    let seconds = duration.as_secs() + u64::from(duration.subsec_nanos() > 0);
+    if seconds == 0 {
+        Err(format!("`{text}` is no time at all: say never for none"))
+    } else {
+        Ok(seconds)
+    }
+}
+
 /// Parses `NAME=value`, or `NAME` alone, which takes the value from `lookup` and is nothing when
 /// it has none, as with docker.
 pub fn env(
@@ -107,6 +123,17 @@ mod tests {
             ["", "g", "1.5g", "-1", "12q", "0", "512", "99999999999999999999g", "20000000000g"]
         {
             assert!(size_mib(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn timeouts() {
+        let good = [("90s", 90), ("2h", 7200), ("1d12h", 129_600), ("1500ms", 2), ("never", 0)];
+        for (text, seconds) in good {
+            assert_eq!(timeout_s(text), Ok(seconds), "{text}");
+        }
+        for text in ["", "0s", "2", "-1h", "soon", "99999999999999999999d"] {
+            assert!(timeout_s(text).is_err(), "{text}");
         }
     }
 

@@ -13,6 +13,7 @@ use towline_proto::v1;
 use crate::env_vars;
 use crate::error::Failure;
 use crate::folder::{FolderConfig, ProjectFolder};
+use crate::output::human;
 use crate::{parse, user};
 
 /// Name that means the laptop's own system as the image.
@@ -56,6 +57,9 @@ pub struct SpecArgs {
     /// Disk, for example 20g
     #[arg(long, value_name = "SIZE", value_parser = parse::size_mib)]
     pub disk: Option<u64>,
+    /// Stop it (never remove it) so long after each start, for example 30m or 2h
+    #[arg(long, value_name = "D", value_parser = parse::timeout_s)]
+    pub timeout: Option<u64>,
     /// Network policy; only `none` (no network) so far
     #[arg(long, value_name = "NAME", value_parser = only_none)]
     pub policy: Option<String>,
@@ -99,7 +103,7 @@ impl SpecArgs {
             user,
             env,
             remove_on_exit: false,
-            timeout_s: 0,
+            timeout_s: self.timeout_s(config)?,
             git: None,
         })
     }
@@ -141,6 +145,16 @@ impl SpecArgs {
         })
     }
 
+    fn timeout_s(&self, config: &FolderConfig) -> anyhow::Result<u64> {
+        match (self.timeout, &config.timeout) {
+            (Some(seconds), _) => Ok(seconds),
+            (None, Some(text)) => parse::timeout_s(text).map_err(|error| {
+                Failure::usage(format!("`{}`: timeout: {error}", crate::folder::FILE)).into()
+            }),
+            (None, None) => Ok(0),
+        }
+    }
+
     /// Says which typed flag an existing sandbox does not fulfil.
     pub fn contradicts(&self, spec: &v1::SandboxSpec) -> Option<String> {
         let shape = spec.shape.unwrap_or_default();
@@ -157,6 +171,9 @@ impl SpecArgs {
             .or_else(|| number("cpus", self.cpus.map(u64::from), shape.cpus.into()))
             .or_else(|| number("memory (MiB)", self.memory, shape.memory_mib))
             .or_else(|| number("disk (MiB)", self.disk, shape.disk_mib))
+            .or_else(|| {
+                differs("timeout", human::timeout(self.timeout?), human::timeout(spec.timeout_s))
+            })
     }
 }
 
@@ -259,16 +276,20 @@ mod tests {
     fn flags_win_over_the_folder_and_contradictions_are_said() {
         let args =
             SpecArgs { image: Some("debian:12".into()), memory: Some(512), ..Default::default() };
-        let config: FolderConfig =
-            toml::from_str("image='local'\nshape.cpus=3\nshape.memory='1g'\nenv.A='b'").unwrap();
+        let config: FolderConfig = toml::from_str(
+            "image='local'\ntimeout='2h'\nshape.cpus=3\nshape.memory='1g'\nenv.A='b'",
+        )
+        .unwrap();
         let spec = args.to_spec(None, &config).unwrap();
         let shape = spec.shape.unwrap();
         assert_eq!((shape.cpus, shape.memory_mib, shape.disk_mib), (3, 512, 0));
         assert_eq!(crate::output::json::image(&spec), "debian:12");
-        assert_eq!(spec.env, [b"A=b"]);
+        assert_eq!((spec.env.as_slice(), spec.timeout_s), ([b"A=b".to_vec()].as_slice(), 7200));
         assert!(args.contradicts(&spec).is_none());
         let other = SpecArgs { memory: Some(1024), ..Default::default() };
         assert_eq!(other.contradicts(&spec).unwrap(), "memory (MiB) 512, not 1024");
+        let other = SpecArgs { timeout: Some(0), ..Default::default() };
+        assert_eq!(other.contradicts(&spec).unwrap(), "timeout 2h, not never");
     }
 
     #[test]

@@ -36,6 +36,11 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
 
     /// The VM that runs in this directory, if one does, started by whichever node agent.
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError>;
+
+    /// The VMs of this driver whose directory was beneath `folder` and has been removed.
+    fn strays(&self, _folder: &Path) -> Vec<Vm> {
+        Vec::new()
+    }
 }
 
 /// What a VM is made of.

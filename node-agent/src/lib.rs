@@ -11,6 +11,7 @@
 //! the next one takes them up again.
 
 pub mod capacity;
+pub mod cleaning;
 pub mod config;
 pub mod disks;
 pub mod driver;
@@ -128,6 +129,10 @@ pub async fn run(
         reports,
         registered: on_registered,
     });
+
+    let (data, cache) = (config.data_dir.clone(), config.cache_dir.clone());
+    cleaning::end_strays(hypervisor.as_ref(), &data.join("sandboxes")).await;
+    tokio::task::spawn_blocking(move || cleaning::remove_temporary(&data, &cache)).await?;
 
     // What runs is taken up at once; the control plane and laptops follow when they can.
     let outside = async {

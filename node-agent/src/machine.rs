@@ -41,6 +41,10 @@ const PROBE_MAX: Duration = Duration::from_secs(50);
 /// A VMM that is killed may write its disks out first.
 const QUIT_MAX: Duration = Duration::from_secs(2);
 
+/// Said of a sandbox that ran here and has no disk: an empty one would look like its own.
+const LOST_DISK: &str = "its disk is not on this node any more; remove the sandbox (`tow rm`) and \
+                         create it anew";
+
 /// What the tasks share.
 #[derive(Debug)]
 pub struct Machine {
@@ -131,6 +135,9 @@ impl Machine {
             let sandbox = assignment.sandbox;
             let dir = machine.store.sandbox(sandbox);
             dir.create().map_err(|error| transient(&error))?;
+            if assignment.ran && !dir.upper().exists() {
+                return Err(lasting(LOST_DISK.into()));
+            }
             let mut progress = |text: String| {
                 // Progress that does not fit is not worth waiting for.
                 let _ = machine.inputs.try_send(Input::PrepareProgress { sandbox, run, text });

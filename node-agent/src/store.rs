@@ -279,6 +279,8 @@ mod tests {
                 epoch: 3,
                 generation: 4,
                 desired: Desired::Stopped,
+                reason: "timeout 2h".into(),
+                ran: true,
                 spec: SandboxSpec { name: "a".into(), ..SandboxSpec::default() },
                 image_digest: "sha256:1".into(),
                 revision: 9,

@@ -1,23 +1,31 @@
 //! `tow doctor`: checks this machine and says what to do. Exit code 1 when something is missing
-//! that an embedded cluster needs. Changes nothing.
+//! that an embedded cluster needs. Changes nothing without `--fix`.
+
+mod fix;
 
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use clap::Args;
 use serde_json::json;
+use towline_link::identity::CertificateInfo;
 
 use crate::commands::Env;
 use crate::config::{Config, EMBEDDED};
 use crate::daemon::client::DaemonClient;
-use crate::daemon::place::Place;
+use crate::daemon::place::{Place, PlaceError};
 use crate::embedded::{self, Holder, Layout};
 use crate::env_vars;
 use crate::error::{Exit, Outcome};
 use crate::output::human;
+use fix::Fix;
 
 /// Arguments of `tow doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
+    /// Mend what can be mended without another user's rights, and say what was done
+    #[arg(long)]
+    pub fix: bool,
     /// Print an object per check
     #[arg(long)]
     pub json: bool,
@@ -48,42 +56,156 @@ struct Check {
     grade: Grade,
     found: String,
     todo: String,
+    fix: Option<Fix>,
 }
 
 impl Check {
     fn ok(name: &'static str, found: impl Into<String>) -> Self {
-        Self { name, grade: Grade::Ok, found: found.into(), todo: String::new() }
+        Self { name, grade: Grade::Ok, found: found.into(), todo: String::new(), fix: None }
     }
 
     fn note(name: &'static str, found: impl Into<String>, todo: impl Into<String>) -> Self {
-        Self { name, grade: Grade::Note, found: found.into(), todo: todo.into() }
+        Self { name, grade: Grade::Note, found: found.into(), todo: todo.into(), fix: None }
     }
 
     fn missing(name: &'static str, found: impl Into<String>, todo: impl Into<String>) -> Self {
-        Self { name, grade: Grade::Missing, found: found.into(), todo: todo.into() }
+        Self { name, grade: Grade::Missing, found: found.into(), todo: todo.into(), fix: None }
+    }
+
+    fn with_fix(self, fix: Option<Fix>) -> Self {
+        Self { fix, ..self }
     }
 }
 
-pub(super) async fn run(_: DoctorArgs, env: &Env) -> Outcome {
+pub(super) async fn run(args: DoctorArgs, env: &Env) -> Outcome {
     let layout = Layout::new()?;
-    let mut checks: Vec<Check> =
-        PROGRAMS.iter().map(|(name, package)| program(name, package)).collect();
-    checks.extend(["towline-control-plane", "towline-node-agent"].map(binary));
-    checks.push(guest_agent());
-    checks.push(kernel(&layout));
-    checks.push(kvm());
-    checks.push(disk(&layout));
-    checks.push(memory());
-    checks.push(daemon().await);
-    checks.push(cluster(&layout).await);
+    let mut checks = check_all(&layout).await;
+    if args.fix && mend(&checks, &layout, env).await? {
+        checks = check_all(&layout).await;
+    }
     for check in &checks {
         match env.printer.json() {
             true => env.printer.object(&object(check))?,
             false => text(check).iter().try_for_each(|line| env.printer.answer(line))?,
         }
     }
+    if let Some(line) = install(&checks).filter(|_| !env.printer.json()) {
+        env.printer.answer(line)?;
+    }
+    let fixable = checks.iter().filter(|check| check.fix.is_some()).count();
+    if fixable > 0 && !args.fix {
+        env.printer.hint(format!("`tow doctor --fix` mends {fixable} of these"));
+    }
     let missing = checks.iter().any(|check| check.grade == Grade::Missing);
     Ok(if missing { Exit::NO } else { Exit::OK })
+}
+
+/// Does what can be done; whether anything was.
+async fn mend(checks: &[Check], layout: &Layout, env: &Env) -> anyhow::Result<bool> {
+    let mut any = false;
+    for (check, fix) in checks.iter().filter_map(|check| Some((check, check.fix.as_ref()?))) {
+        let done = fix.apply(layout, &env.printer).await;
+        any |= done.is_ok();
+        let (mark, fixed, text) = match done {
+            Ok(text) => ("fixed  ", true, text),
+            Err(error) => ("FAILED ", false, format!("{error:#}")),
+        };
+        match env.printer.json() {
+            true => env.printer.object(&json!({
+                "schema": "towline.fix/1", "name": check.name, "fixed": fixed, "did": text,
+            }))?,
+            false => env.printer.answer(format!("{mark} {}: {text}", check.name))?,
+        }
+    }
+    Ok(any)
+}
+
+/// The one line that installs all packages that lack. It is the user's to run: only root may.
+fn install(checks: &[Check]) -> Option<String> {
+    let lacks =
+        |name: &str| checks.iter().any(|check| check.name == name && check.grade == Grade::Missing);
+    let packages: Vec<&str> =
+        PROGRAMS.iter().filter(|(name, _)| lacks(name)).map(|(_, package)| *package).collect();
+    (!packages.is_empty()).then(|| {
+        let sudo = if rustix::process::geteuid().is_root() { "" } else { "sudo " };
+        format!("install what is missing: {sudo}apt-get install -y {}", packages.join(" "))
+    })
+}
+
+async fn check_all(layout: &Layout) -> Vec<Check> {
+    let mut checks: Vec<Check> =
+        PROGRAMS.iter().map(|(name, package)| program(name, package)).collect();
+    checks.extend(["towline-control-plane", "towline-node-agent"].map(binary));
+    checks.push(guest_agent());
+    checks.push(kernel(layout));
+    checks.push(kvm());
+    checks.push(disk(layout));
+    checks.push(memory());
+    checks.push(folders(layout));
+    checks.push(leftovers(layout));
+    checks.push(daemon().await);
+    checks.push(cluster(layout).await);
+    checks.push(certificate(layout));
+    checks
+}
+
+/// The first of our folders that we cannot use.
+fn folders(layout: &Layout) -> Check {
+    const NAME: &str = "folders";
+    let keys = layout.keys.parent().unwrap_or(&layout.keys);
+    for path in [keys, &layout.data, &layout.cache] {
+        if let Err((found, fix)) = fix::folder(path) {
+            let uid = rustix::process::geteuid().as_raw();
+            let todo = match &fix {
+                Some(fix) => fix.describe(),
+                None => format!("give it to you: chown -R {uid} '{}'", path.display()),
+            };
+            return Check::missing(NAME, found, todo).with_fix(fix);
+        }
+    }
+    Check::ok(NAME, format!("`{}` and others can be written to", layout.data.display()))
+}
+
+/// VMs that nobody will ever end.
+fn leftovers(layout: &Layout) -> Check {
+    const NAME: &str = "leftovers";
+    match fix::strays(layout) {
+        strays if strays.is_empty() => Check::ok(NAME, "none"),
+        strays => {
+            let fix = Fix::End(strays);
+            let found = "VMs run whose folders were removed";
+            Check::note(NAME, found, fix.describe()).with_fix(Some(fix))
+        }
+    }
+}
+
+fn certificate(layout: &Layout) -> Check {
+    const NAME: &str = "certificate";
+    let context = match Config::load() {
+        Ok(mut config) => match config.context.remove(EMBEDDED) {
+            Some(context) => context,
+            None => return Check::ok(NAME, "none yet; made when the embedded cluster starts"),
+        },
+        Err(error) => return Check::missing(NAME, error.to_string(), "mend or remove that file"),
+    };
+    let wrong = match std::fs::read_to_string(&context.cert_file) {
+        Err(error) => format!("`{}`: {error}", context.cert_file.display()),
+        Ok(pem) => match CertificateInfo::from_pem(&pem) {
+            Err(error) => format!("`{}`: {error}", context.cert_file.display()),
+            Ok(info) if info.not_after <= SystemTime::now() => "it has expired".into(),
+            Ok(info) => {
+                let left = info.not_after.duration_since(SystemTime::now()).unwrap_or_default();
+                return Check::ok(NAME, format!("good for {}", human::duration(left)));
+            }
+        },
+    };
+    // A cluster that is down gives a new one when it is started.
+    match Holder::find(&layout.lock()) {
+        Ok(Some(_)) => {
+            Check::missing(NAME, wrong, Fix::Renew.describe()).with_fix(Some(Fix::Renew))
+        }
+        _ => Check::note(NAME, wrong, "`tow up --detach` renews it"),
+    }
 }
 
 fn object(check: &Check) -> serde_json::Value {
@@ -94,7 +216,7 @@ fn object(check: &Check) -> serde_json::Value {
     };
     json!({
         "schema": "towline.check/1", "name": check.name, "grade": grade,
-        "found": check.found, "todo": check.todo,
+        "found": check.found, "todo": check.todo, "fix": check.fix.as_ref().map(Fix::describe),
     })
 }
 
@@ -283,13 +405,42 @@ async fn daemon() -> Check {
             format!("version {} runs; this is {}", status.version, crate::daemon::VERSION),
             "the next `tow run` or `tow exec` replaces it",
         ),
-        Ok(None) => Check::ok(NAME, "not running; started when needed"),
-        Err(error) => Check::missing(
-            NAME,
-            format!("{error:#}"),
-            "remove what is in its way, or set XDG_RUNTIME_DIR",
-        ),
+        Ok(None) => match stale_socket() {
+            None => Check::ok(NAME, "not running; started when needed"),
+            Some(path) => {
+                let found = format!("not running; `{}` is a dead one's", path.display());
+                let fix = Fix::Socket(path);
+                Check::note(NAME, found, fix.describe()).with_fix(Some(fix))
+            }
+        },
+        Err(error) => {
+            let fix = match error.downcast_ref::<PlaceError>() {
+                // Of another user's folder nothing is changed.
+                Some(PlaceError::NotPrivate { path, .. }) if is_our_folder(path) => {
+                    Some(Fix::Mode(path.clone(), 0o700))
+                }
+                _ => None,
+            };
+            let todo = match &fix {
+                Some(fix) => fix.describe(),
+                None => "remove what is in its way, or set XDG_RUNTIME_DIR".into(),
+            };
+            Check::missing(NAME, format!("{error:#}"), todo).with_fix(fix)
+        }
     }
+}
+
+fn is_our_folder(path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::symlink_metadata(path)
+        .is_ok_and(|meta| meta.is_dir() && meta.uid() == rustix::process::geteuid().as_raw())
+}
+
+/// The daemon's socket, if there is one that refuses.
+fn stale_socket() -> Option<PathBuf> {
+    let path = Place::discover().ok()?.socket();
+    let refused = std::os::unix::net::UnixStream::connect(&path).err()?;
+    (refused.kind() == std::io::ErrorKind::ConnectionRefused).then_some(path)
 }
 
 async fn cluster(layout: &Layout) -> Check {
@@ -305,7 +456,12 @@ async fn cluster(layout: &Layout) -> Check {
         _ => {}
     }
     match Holder::find(&layout.lock()) {
-        Ok(None) => return Check::note(NAME, "the embedded cluster is down", "tow up --detach"),
+        Ok(None) => {
+            let check = Check::note(NAME, "the embedded cluster is down", "tow up --detach");
+            // One that was taken down is down on purpose, and one that never was is nobody's wish.
+            let died = config.context.contains_key(EMBEDDED) && !layout.down_mark().exists();
+            return check.with_fix(died.then_some(Fix::Start));
+        }
         Ok(Some(_)) => {}
         Err(error) => return Check::missing(NAME, error.to_string(), ""),
     }

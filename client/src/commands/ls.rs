@@ -20,6 +20,9 @@ pub struct LsArgs {
     pub names: bool,
 }
 
+/// Characters of a reason in the list; `tow inspect` shows all of it.
+const REASON_SHOWN: usize = 40;
+
 pub(super) async fn run(args: LsArgs, env: &Env) -> Outcome {
     let cluster = Cluster::open(env, Start::UnlessDown).await?;
     let all = sandbox::list(&cluster, None).await?;
@@ -36,12 +39,23 @@ pub(super) async fn run(args: LsArgs, env: &Env) -> Outcome {
     Ok(Exit::OK)
 }
 
+/// `stopped (timeout 2h)`: the phase, and why, where that was not what was asked for.
+fn status(one: &v1::Sandbox) -> String {
+    let (phase, reason) = (json::phase(one), sandbox::reason(one));
+    let ended = matches!(sandbox::phase(one), v1::Phase::Stopped | v1::Phase::Failed);
+    match reason.as_str() {
+        "" | "stopped" => phase,
+        reason if ended => format!("{phase} ({})", human::shortened(reason, REASON_SHOWN)),
+        _ => phase,
+    }
+}
+
 fn row(one: &v1::Sandbox) -> Vec<String> {
     let spec = one.spec.clone().unwrap_or_default();
     let shape = spec.shape.unwrap_or_default();
     vec![
         sandbox::name(one),
-        json::phase(one),
+        status(one),
         json::image(&spec),
         shape.cpus.to_string(),
         human::mib(shape.memory_mib),

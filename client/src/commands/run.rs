@@ -179,7 +179,7 @@ async fn run_in(
         }
         anyhow::Ok((running, guest))
     };
-    let Some(prepared) = or_interrupted(prepare).await? else {
+    let Some(prepared) = or_interrupted(Box::pin(prepare)).await? else {
         return Ok(Ended::Signalled(INTERRUPT));
     };
     let (running, guest) = prepared?;

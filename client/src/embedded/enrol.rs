@@ -74,6 +74,13 @@ pub(super) async fn ensure_user(
     write_context(context)
 }
 
+/// Gets a new certificate for us from the running cluster, where the old one is of no use.
+pub async fn renew_user(layout: &Layout) -> anyhow::Result<()> {
+    let endpoint = Config::load()?.context.remove(EMBEDDED).map(|known| known.endpoint);
+    let endpoint = endpoint.context("the embedded cluster wrote no context")?;
+    ensure_user(&mut connect(layout).await?, layout, &endpoint).await
+}
+
 async fn cluster_id(admin: &mut Admin) -> anyhow::Result<String> {
     let status = admin.get_cluster_status(v1::GetClusterStatusRequest {}).await;
     Ok(status

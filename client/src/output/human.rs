@@ -29,6 +29,14 @@ pub fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 
+/// Returns text of at most `max` characters, with a mark where something is left out.
+pub fn shortened(text: &str, max: usize) -> String {
+    match text.char_indices().nth(max) {
+        None => text.to_owned(),
+        Some(_) => text.chars().take(max.saturating_sub(1)).chain(['…']).collect(),
+    }
+}
+
 /// Returns `1.5 GiB` for mebibytes.
 pub fn mib(mib: u64) -> String {
     bytes(mib << 20)
@@ -57,6 +65,23 @@ pub fn age(unix_ms: u64) -> String {
     }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     duration(now.saturating_sub(Duration::from_millis(unix_ms)))
+}
+
+/// Returns `2h 30m`, or `never` for 0 seconds.
+pub fn timeout(seconds: u64) -> String {
+    match seconds {
+        0 => "never".into(),
+        seconds => humantime::format_duration(Duration::from_secs(seconds)).to_string(),
+    }
+}
+
+/// Returns `in 3 min` for a time to come, in Unix milliseconds.
+pub fn until(unix_ms: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    match Duration::from_millis(unix_ms).checked_sub(now) {
+        Some(left) => format!("in {}", duration(left)),
+        None => "now".into(),
+    }
 }
 
 /// Returns `3 min`: the largest unit that fits.

@@ -21,6 +21,8 @@ pub fn sandbox(sandbox: &v1::Sandbox) -> Value {
         "phase": phase(sandbox),
         "desired": desired(sandbox),
         "reason": observed.reason,
+        "timeout_s": spec.timeout_s,
+        "expires_ms": sandbox.expires_ms,
         "generation": sandbox.generation,
         "epoch": sandbox.epoch,
         "node": id_text::<NodeId>(&sandbox.node_id),

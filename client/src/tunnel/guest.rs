@@ -6,11 +6,12 @@
 use std::time::Duration;
 
 use tokio::sync::OnceCell;
-use towline_proto::v1::{self, Desired, Phase, stream_open::Kind};
+use towline_proto::v1::{self, Desired, Phase, StreamErrorCode, stream_open::Kind};
 
 use super::exec::{DialError, Dialer, Verdict, Wire};
 use crate::cluster::{self, Cluster, Start};
 use crate::commands::Env;
+use crate::daemon::DaemonFailure;
 use crate::daemon::client::{DaemonClient, OpenError, OpenedStream};
 use crate::daemon::place::Place;
 use crate::error::Failure;
@@ -92,6 +93,21 @@ impl<'a> Guest<'a> {
         tokio::time::timeout(VERDICT_MAX, look).await?
     }
 
+    /// Why a sandbox does not run, as its record says it, else as its node did: the node knows first.
+    async fn not_running(&self, refused: DaemonFailure) -> anyhow::Error {
+        let name = match self.record().await {
+            Ok(Some(found)) => match judge(&found) {
+                Verdict::Gone(error) => return error,
+                Verdict::MayComeBack => sandbox::name(&found),
+            },
+            Ok(None) => return Failure::new("the sandbox was removed").into(),
+            Err(_) => human::printable(&self.sandbox.sandbox_name),
+        };
+        Failure::new(human::printable(&refused.message))
+            .hint(format!("`tow inspect {name}` says how it is, `tow start {name}` starts it"))
+            .into()
+    }
+
     /// What was said of the running sandbox since it was as in `before`, where the control plane
     /// was reached already and answers at once.
     pub async fn news(&self, before: &v1::Sandbox) -> Option<String> {
@@ -107,7 +123,16 @@ impl Dialer for Guest<'_> {
     async fn dial(&self, open: v1::ExecOpen) -> Result<Wire, DialError> {
         match self.open(Kind::Exec(open)).await {
             Ok(opened) => Ok(Wire { reader: opened.reader, writer: opened.writer }),
-            Err(error) => Err(DialError { retry: error.may_retry(), error: open_failed(error) }),
+            Err(error) => {
+                let retry = error.may_retry();
+                let error = match error {
+                    OpenError::Refused(refused) if refused.code == StreamErrorCode::NotRunning => {
+                        self.not_running(refused).await
+                    }
+                    error => open_failed(error),
+                };
+                Err(DialError { retry, error })
+            }
         }
     }
 
@@ -131,7 +156,7 @@ fn judge(found: &v1::Sandbox) -> Verdict {
     let name = sandbox::name(found);
     let reason = found.observed.as_ref().map_or("", |observed| &observed.reason);
     let because = match reason {
-        "" => String::new(),
+        "" | "stopped" => String::new(),
         reason => format!(": {}", human::printable(reason)),
     };
     let again = || format!("`tow start {name}` starts it again; its disk is kept");
@@ -140,7 +165,7 @@ fn judge(found: &v1::Sandbox) -> Verdict {
             Verdict::Gone(Failure::new(format!("sandbox {name} was removed")).into())
         }
         Phase::Stopped => {
-            let text = format!("sandbox {name} stopped{because}");
+            let text = format!("sandbox {name} is stopped{because}");
             Verdict::Gone(Failure::new(text).hint(again()).into())
         }
         Phase::Failed => {

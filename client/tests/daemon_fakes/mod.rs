@@ -386,6 +386,7 @@ impl rpc::ControlPlane for FakeControlPlane {
         create_sandbox: CreateSandboxRequest => Sandbox,
         list_sandboxes: ListSandboxesRequest => ListSandboxesResponse,
         set_desired: SetDesiredRequest => Sandbox,
+        set_expiry: SetExpiryRequest => Sandbox,
         put_image: PutImageRequest => Image,
         list_images: ListImagesRequest => ListImagesResponse,
         delete_image: DeleteImageRequest => DeleteImageResponse,

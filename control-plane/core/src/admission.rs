@@ -19,6 +19,8 @@ const PATH_MAX: usize = 4096;
 const TEXT_MAX: usize = 512;
 /// Most groups of a user, as Linux bounds them.
 const GROUPS_MAX: usize = 65536;
+/// Longest timeout; no sum of it and a time overflows.
+const TIMEOUT_S_MAX: u64 = 10 * 365 * 24 * 3600;
 /// Length of an idempotency key.
 const KEY_BYTES: std::ops::RangeInclusive<usize> = 8..=64;
 
@@ -47,7 +49,16 @@ pub(crate) fn check_spec(spec: &mut SandboxSpec) -> Result<Want, Refusal> {
     check_shape(&shape)?;
     check_places(spec)?;
     check_env(&spec.env)?;
+    check_timeout(spec.timeout_s)?;
     Ok(Want { shape, isolation, local_image })
+}
+
+/// Checks after how long a sandbox is to be stopped.
+pub(crate) fn check_timeout(seconds: u64) -> Result<(), Refusal> {
+    if seconds <= TIMEOUT_S_MAX {
+        return Ok(());
+    }
+    Err(Refusal::invalid("a timeout is at most ten years: `never` is none at all"))
 }
 
 fn check_policy(policy: &mut String) -> Result<(), Refusal> {

@@ -5,8 +5,12 @@ use bytes::Bytes;
 use prost::Message;
 use towline_proto::v1::{Command, CommandBatch, command::What};
 
-/// Version of batches that this build writes, and the newest that it applies.
-pub const VERSION: u32 = 1;
+/// The newest version of batches that this build writes and applies. A batch is written with the
+/// oldest version that has all that it holds, so that what is new halts members of an older build
+/// only once it is used.
+///
+/// 1: the first. 2: timeouts ([`What::SetExpiry`], `SandboxSpec.timeout_s`).
+pub const VERSION: u32 = 2;
 
 /// Most commands in one log entry.
 pub const BATCH_COMMANDS_MAX: usize = 1000;
@@ -53,7 +57,21 @@ pub enum Halt {
 
 /// Encodes commands as the data of one log entry.
 pub fn encode(now_ms: u64, commands: Vec<Command>) -> Bytes {
-    CommandBatch { version: VERSION, now_ms, commands }.encode_to_vec().into()
+    let version = commands.iter().map(version_of).max().unwrap_or(1);
+    CommandBatch { version, now_ms, commands }.encode_to_vec().into()
+}
+
+/// The oldest version that has all of a command.
+fn version_of(command: &Command) -> u32 {
+    match &command.what {
+        Some(What::SetExpiry(_)) => 2,
+        Some(What::CreateSandbox(create))
+            if create.spec.as_ref().is_some_and(|spec| spec.timeout_s != 0) =>
+        {
+            2
+        }
+        _ => 1,
+    }
 }
 
 /// Decodes and checks the data of one log entry.
@@ -86,6 +104,24 @@ mod tests {
             Err(Halt::Version { index: 7, version: VERSION + 1 })
         );
         assert!(decode(7, b"\xff\xff").is_err());
+    }
+
+    #[test]
+    fn what_is_new_and_nothing_else_asks_for_a_new_version() {
+        let version = |what| {
+            let data = encode(5, vec![internal(What::AdvanceTime(true)), internal(what)]);
+            decode(1, &data).map(|batch| batch.version)
+        };
+        let create = |timeout_s| {
+            let spec = towline_proto::v1::SandboxSpec { timeout_s, ..Default::default() };
+            What::CreateSandbox(towline_proto::v1::CreateSandboxCommand {
+                spec: Some(spec),
+                ..Default::default()
+            })
+        };
+        assert_eq!(version(create(0)), Ok(1));
+        assert_eq!(version(create(60)), Ok(2));
+        assert_eq!(version(What::SetExpiry(Default::default())), Ok(2));
     }
 
     #[test]

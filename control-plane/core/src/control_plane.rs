@@ -30,6 +30,8 @@ const READ_AGAIN_TICKS: u64 = 3;
 const READ_GIVE_UP_TICKS: u64 = 50;
 /// Ticks between two entries that only bring time forward.
 const ADVANCE_TICKS: u64 = 600;
+/// Ticks after which time is asked to go forward again when a timeout has come and nothing happened.
+const EXPIRE_AGAIN_TICKS: u64 = 10;
 /// What a node is promised with each heartbeat's answer.
 const LEASE_MS: u64 = towline_proto::limits::NODE_LEASE.as_secs() * 1000;
 
@@ -83,6 +85,8 @@ pub struct ControlPlane {
     early: Vec<(RequestId, Caller, Request)>,
     init_proposed: bool,
     advanced_at: u64,
+    /// The expiry for which time was asked to go forward, and when.
+    expiring: Option<(u64, u64)>,
     saving: Option<u64>,
     /// Index of the newest snapshot on disk.
     saved: u64,
@@ -156,6 +160,7 @@ impl ControlPlane {
             early: Vec::new(),
             init_proposed: false,
             advanced_at: 0,
+            expiring: None,
             saving: None,
             saved: base.0,
             halted: false,
@@ -270,9 +275,30 @@ impl ControlPlane {
         for set in self.liveness.transitions(&self.state, self.now.mono_ms) {
             self.pending.push((Waiter::Nobody, internal(What::SetNodeState(set))));
         }
+        self.expire();
         let due = self.state.dedup.next_expiry_ms().is_some_and(|at| at <= self.now.unix_ms);
         if due && self.ticks - self.advanced_at >= ADVANCE_TICKS {
             self.advanced_at = self.ticks;
+            self.pending.push((Waiter::Nobody, internal(What::AdvanceTime(true))));
+        }
+    }
+
+    /// When a leader brings time forward next, because a timeout has come then.
+    pub fn next_deadline_unix_ms(&self) -> Option<u64> {
+        self.state.sandboxes.next_expiry_ms().filter(|_| self.replica.leads())
+    }
+
+    /// Proposes that time goes forward once the next timeout has come.
+    fn expire(&mut self) {
+        let next = self.next_deadline_unix_ms();
+        let Some(at) = next.filter(|at| *at <= self.now.unix_ms.max(self.state.now_ms)) else {
+            return;
+        };
+        let asked = self.expiring.is_some_and(|(expiry, asked_at)| {
+            expiry == at && self.ticks - asked_at < EXPIRE_AGAIN_TICKS
+        });
+        if !asked {
+            self.expiring = Some((at, self.ticks));
             self.pending.push((Waiter::Nobody, internal(What::AdvanceTime(true))));
         }
     }

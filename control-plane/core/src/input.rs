@@ -50,11 +50,14 @@ pub struct Caller {
 
 /// What a caller asks.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "few are held at once, each is moved a few times")]
 pub enum Request {
     /// Admit, place and reserve.
     CreateSandbox(v1::CreateSandboxRequest),
     /// Start, stop, delete.
     SetDesired(v1::SetDesiredRequest),
+    /// When to stop it.
+    SetExpiry(v1::SetExpiryRequest),
     /// One by id or name.
     GetSandbox(v1::GetSandboxRequest),
     /// Pages of the caller's.

@@ -9,7 +9,7 @@ use towline_proto::v1::Desired;
 use crate::resources::Resources;
 use crate::state::State;
 use crate::state::nodes::{limits_of, reserved_of};
-use crate::state::sandboxes::{held_by, runs};
+use crate::state::sandboxes::{has_ended, held_by, runs};
 
 /// A rule that the state breaks.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +20,7 @@ pub struct Violation(pub String);
 pub fn check(state: &State) -> Result<(), Violation> {
     every_sandbox_is_whole(state)?;
     names_are_unique(state)?;
+    timeouts_are_kept(state)?;
     nothing_is_oversold(state)
 }
 
@@ -42,6 +43,30 @@ fn every_sandbox_is_whole(state: &State) -> Result<(), Violation> {
         if runs(observed.phase()) && !record.computing {
             return Err(Violation(format!("{id} runs without CPU and memory reserved for it")));
         }
+    }
+    Ok(())
+}
+
+fn timeouts_are_kept(state: &State) -> Result<(), Violation> {
+    let mut next = None;
+    for (id, record) in state.sandboxes.after(None) {
+        let Some(sandbox) = &record.sandbox else { continue };
+        let timeout_s = sandbox.spec.as_ref().map_or(0, |spec| spec.timeout_s);
+        let counts = timeout_s != 0 && sandbox.desired() == Desired::Running && !has_ended(sandbox);
+        if counts != (sandbox.expires_ms != 0) {
+            return Err(Violation(format!(
+                "{id} has a timeout of {timeout_s} s, is wanted {:?}, and expires at {}",
+                sandbox.desired(),
+                sandbox.expires_ms
+            )));
+        }
+        if counts && sandbox.expires_ms <= state.now_ms {
+            return Err(Violation(format!("{id} was not stopped by its timeout")));
+        }
+        next = next.into_iter().chain(counts.then_some(sandbox.expires_ms)).min();
+    }
+    if state.sandboxes.next_expiry_ms() != next {
+        return Err(Violation(format!("the next timeout is at {next:?}, and is not found there")));
     }
     Ok(())
 }

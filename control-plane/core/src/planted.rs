@@ -8,6 +8,7 @@ mod switches {
     thread_local! {
         static FITS_SKIPPED: Cell<bool> = const { Cell::new(false) };
         static DEDUP_SKIPPED: Cell<bool> = const { Cell::new(false) };
+        static EXPIRY_SKIPPED: Cell<bool> = const { Cell::new(false) };
     }
 
     /// Plants or removes: `fits()` says yes to everything.
@@ -18,6 +19,15 @@ mod switches {
     /// Plants or removes: a repeated idempotency key is done again.
     pub fn plant_dedup_skipped(on: bool) {
         DEDUP_SKIPPED.set(on);
+    }
+
+    /// Plants or removes: no timeout ever stops a sandbox.
+    pub fn plant_expiry_skipped(on: bool) {
+        EXPIRY_SKIPPED.set(on);
+    }
+
+    pub(crate) fn expiry_skipped() -> bool {
+        EXPIRY_SKIPPED.get()
     }
 
     pub(crate) fn fits_skipped() -> bool {
@@ -31,6 +41,10 @@ mod switches {
 
 #[cfg(not(feature = "planted-bugs"))]
 mod switches {
+    pub(crate) const fn expiry_skipped() -> bool {
+        false
+    }
+
     pub(crate) const fn fits_skipped() -> bool {
         false
     }
@@ -40,6 +54,6 @@ mod switches {
     }
 }
 
-pub(crate) use switches::{dedup_skipped, fits_skipped};
+pub(crate) use switches::{dedup_skipped, expiry_skipped, fits_skipped};
 #[cfg(feature = "planted-bugs")]
-pub use switches::{plant_dedup_skipped, plant_fits_skipped};
+pub use switches::{plant_dedup_skipped, plant_expiry_skipped, plant_fits_skipped};

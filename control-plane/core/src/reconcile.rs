@@ -119,5 +119,8 @@ fn desired(state: &State, id: SandboxId) -> Option<v1::NodeDirective> {
         spec: sandbox.spec.clone(),
         image_digest: record.image_digest.clone(),
         revision: sandbox.revision,
+        reason: sandbox.desired_reason.clone(),
+        // A node names the driver once it has started a VM; that is kept over later starts.
+        ran: sandbox.observed.as_ref().is_some_and(|observed| !observed.driver.is_empty()),
     })))
 }

@@ -2,20 +2,23 @@
 //! file in the tests; a reader refuses what is newer than itself.
 
 use prost::Message;
-use towline_proto::v1::{MembershipRecord, StateSnapshot};
+use towline_proto::v1::{MembershipRecord, Sandbox, StateSnapshot};
 
 use crate::command::Halt;
 use crate::refusal::Refusal;
 use crate::state::State;
 use crate::state::tokens::token_id;
 
-/// Layout that this build writes, and the newest that it reads.
-pub const VERSION: u32 = 1;
+/// The newest layout that this build writes and reads; a state is written in the oldest that holds
+/// all of it.
+///
+/// 1: the first. 2: timeouts.
+pub const VERSION: u32 = 2;
 
 /// Encodes the state.
 pub fn encode(state: &State) -> Vec<u8> {
     StateSnapshot {
-        version: VERSION,
+        version: version_of(state),
         cluster_id: state.cluster_id.clone(),
         revision: state.revision,
         now_ms: state.now_ms,
@@ -36,6 +39,16 @@ pub fn encode(state: &State) -> Vec<u8> {
             .collect(),
     }
     .encode_to_vec()
+}
+
+fn version_of(state: &State) -> u32 {
+    let has_timeout = |sandbox: &Sandbox| {
+        let timeout_s = sandbox.spec.as_ref().map_or(0, |spec| spec.timeout_s);
+        timeout_s != 0 || !sandbox.desired_reason.is_empty()
+    };
+    let mut records = state.sandboxes.after(None);
+    let any = records.any(|(_, record)| record.sandbox.as_ref().is_some_and(has_timeout));
+    if any { 2 } else { 1 }
 }
 
 /// Decodes a state; `index` is only for the message.

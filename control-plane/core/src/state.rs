@@ -5,6 +5,7 @@
 //! to the same state. Left out: how a batch is decided (`admission`, `placement`) and replicated.
 
 pub mod dedup;
+pub mod expiry;
 pub mod images;
 pub mod nodes;
 pub mod projects;
@@ -86,6 +87,7 @@ impl State {
         self.now_ms = self.now_ms.max(batch.now_ms);
         self.dedup.expire(self.now_ms);
         self.tokens.expire(self.now_ms);
+        self.stop_expired(&mut changes);
         let results =
             batch.commands.iter().map(|command| self.apply_once(command, &mut changes)).collect();
         (results, changes)
@@ -108,6 +110,7 @@ impl State {
         match &command.what {
             Some(What::CreateSandbox(create)) => self.create_sandbox(create, changes),
             Some(What::SetDesired(set)) => self.set_desired(set, changes),
+            Some(What::SetExpiry(set)) => self.set_expiry(set, changes),
             Some(What::RegisterNode(register)) => self.register_node(register, changes),
             Some(What::ReportObserved(report)) => self.report_observed(report, changes),
             Some(What::SetNodeState(set)) => self.set_node_state(set, changes),

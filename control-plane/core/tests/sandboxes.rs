@@ -110,6 +110,20 @@ impl World {
         self.ask("ada", Request::CreateSandbox(request)).map(sandbox)
     }
 
+    fn expire(&mut self, id: &[u8], ttl_s: u64) -> Result<v1::Sandbox, Refusal> {
+        let idempotency_key = self.key();
+        let request = v1::SetExpiryRequest { idempotency_key, id: id.to_vec(), ttl_s };
+        self.ask("ada", Request::SetExpiry(request)).map(sandbox)
+    }
+
+    /// Lets time pass as the driver does: by ticks.
+    fn pass(&mut self, ms: u64) {
+        for _ in 0..ms / 100 {
+            self.now += 100;
+            self.input(Input::Tick);
+        }
+    }
+
     fn set(&mut self, id: &[u8], desired: Desired) -> Result<v1::Sandbox, Refusal> {
         let request = v1::SetDesiredRequest {
             idempotency_key: self.key(),
@@ -299,4 +313,73 @@ fn the_whole_state_survives_a_snapshot() {
     let again = towline_control_core::snapshot::decode(1, &bytes).unwrap();
     assert_eq!(&again, world.core.state());
     assert!(towline_control_core::snapshot::decode(1, &bytes[..bytes.len() - 3]).is_err());
+}
+
+#[test]
+fn a_timeout_stops_and_never_deletes_and_counts_anew_with_each_start() {
+    let mut world = World::new();
+    let made = world.create("a", 1024).unwrap();
+    world.report(&made, Phase::Running);
+    assert_eq!(world.core.next_deadline_unix_ms(), None);
+    let set = world.expire(&made.id, 60).unwrap();
+    assert_eq!(set.spec.unwrap().timeout_s, 60);
+    assert_eq!(world.core.next_deadline_unix_ms(), Some(set.expires_ms));
+    world.pass(59_000);
+    assert_eq!(world.get(&made.id).unwrap().desired(), Desired::Running);
+    world.pass(1_500);
+    let expired = world.get(&made.id).unwrap();
+    assert_eq!(expired.desired(), Desired::Stopped);
+    assert_eq!((expired.desired_reason.as_str(), expired.expires_ms), ("timeout 1m", 0));
+    let told = world.directives().into_iter().rev().find_map(|directive| match directive {
+        Directive::Desired(desired) => Some((desired.desired(), desired.reason)),
+        _ => None,
+    });
+    assert_eq!(told, Some((Desired::Stopped, "timeout 1m".to_owned())));
+    world.report(&expired, Phase::Stopped);
+    world.pass(120_000);
+    assert_eq!(world.get(&made.id).unwrap().desired(), Desired::Stopped);
+
+    let started = world.set(&made.id, Desired::Running).unwrap();
+    assert_eq!(started.desired_reason, "");
+    assert!(started.expires_ms > world.now + 1_000_000 + 59_000, "it counts anew");
+    world.expire(&made.id, 0).unwrap();
+    world.pass(120_000);
+    assert_eq!(world.get(&made.id).unwrap().desired(), Desired::Running);
+}
+
+#[test]
+fn a_timeout_does_not_touch_what_ended_by_itself() {
+    let mut world = World::new();
+    let made = world.create("a", 1024).unwrap();
+    world.expire(&made.id, 10).unwrap();
+    let now = world.get(&made.id).unwrap();
+    world.report(&now, Phase::Stopped);
+    assert_eq!(world.core.next_deadline_unix_ms(), None);
+    let generation = world.get(&made.id).unwrap().generation;
+    world.pass(20_000);
+    assert_eq!(world.get(&made.id).unwrap().generation, generation);
+}
+
+#[test]
+fn only_the_owner_sets_a_timeout_and_none_is_absurd() {
+    let mut world = World::new();
+    let made = world.create("a", 1024).unwrap();
+    let idempotency_key = world.key();
+    let request = v1::SetExpiryRequest { idempotency_key, id: made.id.clone(), ttl_s: 1 };
+    let refusal = world.ask("eve", Request::SetExpiry(request)).unwrap_err();
+    assert_eq!(refusal.kind, RefusalKind::NotFound);
+    assert_eq!(world.expire(&made.id, u64::MAX).unwrap_err().kind, RefusalKind::Invalid);
+    world.set(&made.id, Desired::Deleted).unwrap();
+    assert_eq!(world.expire(&made.id, 5).unwrap_err().kind, RefusalKind::Precondition);
+}
+
+#[test]
+fn timeouts_survive_a_snapshot() {
+    let mut world = World::new();
+    let made = world.create("a", 1024).unwrap();
+    let set = world.expire(&made.id, 60).unwrap();
+    let bytes = towline_control_core::snapshot::encode(world.core.state());
+    let state = towline_control_core::snapshot::decode(9, &bytes).unwrap();
+    assert_eq!(&state, world.core.state());
+    assert_eq!(state.sandboxes.next_expiry_ms(), Some(set.expires_ms));
 }

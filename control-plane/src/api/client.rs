@@ -106,6 +106,11 @@ impl ControlPlane for Service {
         expect!(answer, Answer::Sandbox(sandbox) => *sandbox)
     }
 
+    async fn set_expiry(&self, request: Request<v1::SetExpiryRequest>) -> Reply<v1::Sandbox> {
+        let answer = self.ask(&request, Ask::SetExpiry(request.get_ref().clone())).await?;
+        expect!(answer, Answer::Sandbox(sandbox) => *sandbox)
+    }
+
     async fn issue_ticket(
         &self,
         request: Request<v1::IssueTicketRequest>,

@@ -26,6 +26,10 @@ pub struct Assignment {
     pub generation: u64,
     /// What it should be.
     pub desired: Desired,
+    /// Why, when nobody asked for it: "timeout 2h".
+    pub reason: String,
+    /// It has had a VM on this node, and so has a disk here.
+    pub ran: bool,
     /// How it was asked for.
     pub spec: SandboxSpec,
     /// Manifest digest of its image; empty for a local image.
@@ -66,6 +70,8 @@ impl TryFrom<DesiredSandbox> for Assignment {
             epoch: message.epoch,
             generation: message.generation,
             desired,
+            reason: message.reason,
+            ran: message.ran,
             spec: message.spec.unwrap_or_default(),
             image_digest: message.image_digest,
             revision: message.revision,
@@ -83,6 +89,8 @@ impl From<&Assignment> for DesiredSandbox {
             spec: Some(assignment.spec.clone()),
             image_digest: assignment.image_digest.clone(),
             revision: assignment.revision,
+            reason: assignment.reason.clone(),
+            ran: assignment.ran,
         }
     }
 }

@@ -445,7 +445,7 @@ impl Sandbox {
         self.note.clear();
         self.stage = Stage::Stopping { cause: Cause::Wanted, deadline: cx.now + STOP_MAX };
         let (sandbox, run) = (self.id(), self.run);
-        let gate = Gate::Closing { reason: "the sandbox is being stopped".into() };
+        let gate = Gate::Closing { reason: self.because("the sandbox is being stopped") };
         cx.effects.push(Effect::Gate { sandbox, gate });
         cx.effects.push(Effect::StopVm { sandbox, run, grace: STOP_GRACE });
     }
@@ -513,8 +513,12 @@ impl Sandbox {
         let stopped = self.record.assignment.desired == Desired::Stopped;
         match cause {
             Cause::Wanted if stopped => {
-                self.gate_shut("the sandbox was stopped", cx);
-                self.rest(Rest::Stopped { reason: "stopped".into() }, cx);
+                self.gate_shut(&self.because("the sandbox was stopped"), cx);
+                let reason = match self.record.assignment.reason.as_str() {
+                    "" => "stopped",
+                    reason => reason,
+                };
+                self.rest(Rest::Stopped { reason: reason.to_owned() }, cx);
             }
             Cause::Wanted => {
                 self.gate_shut("the sandbox is started anew", cx);
@@ -525,6 +529,14 @@ impl Sandbox {
             }
             Cause::Failing(failure) => self.retry_or_fail(failure, cx),
             Cause::Broken { reason } => self.rest(Rest::Stopped { reason }, cx),
+        }
+    }
+
+    /// What happened, and why if nobody asked for it.
+    fn because(&self, what: &str) -> String {
+        match self.record.assignment.reason.as_str() {
+            "" => what.to_owned(),
+            reason => format!("{what} ({reason})"),
         }
     }
 

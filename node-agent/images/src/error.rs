@@ -95,6 +95,9 @@ pub enum ImageError {
         /// What it said.
         output: String,
     },
+    /// Somebody adds to the store, and has been at it for a while.
+    #[error("images are being imported or fetched on this node: try again when that is done")]
+    Busy,
     /// The machine's own error.
     #[error("could not {what} `{path}`")]
     Io {

@@ -2,11 +2,12 @@
 //! system served as an image.
 //!
 //! In reading order: [`Store`] is the content-addressed folder that everything is kept in,
-//! [`import()`] takes an OCI image layout in, [`prepare()`] makes its layers into squashfs disks, and
-//! [`local`] builds and serves the image of the machine itself. All of it is synchronous: async
+//! [`import()`] takes an OCI image layout in, [`prepare()`] makes its layers into squashfs disks,
+//! [`collect()`] removes what no image needs, and [`local`] builds and serves the image of the machine itself. All of it is synchronous: async
 //! callers run it on blocking threads. What strangers wrote (archives, documents, a guest's
 //! requests) is bounded and checked here, and nothing of it is ever unpacked onto the host.
 
+mod collect;
 pub mod digest;
 mod document;
 pub mod error;
@@ -20,6 +21,7 @@ mod prepare;
 mod store;
 mod tar;
 
+pub use collect::{Collected, collect};
 pub use digest::Digest;
 pub use document::ImageConfig;
 pub use error::ImageError;

@@ -96,9 +96,22 @@ pub(crate) fn make_layers(
     Ok(files)
 }
 
+/// The names of an image's disks, of those that may be empty too, as this node would make them.
+pub(crate) fn disks_of(manifest: &Manifest, config: &Config) -> Result<Vec<Digest>, ImageError> {
+    let imager = imager::version()?;
+    let mut names: Vec<_> =
+        plan(manifest, config, &imager).into_iter().map(|disk| disk.key).collect();
+    names.push(empty_root(&imager));
+    Ok(names)
+}
+
+fn empty_root(imager: &str) -> Digest {
+    Digest::of(format!("{imager}\nempty root\n").as_bytes())
+}
+
 /// Makes the one disk of an image without a single file: a root to mount.
 fn make_empty_root(store: &Store, progress: OnProgress<'_>) -> Result<PathBuf, ImageError> {
-    let key = Digest::of(format!("{}\nempty root\n", imager::version()?).as_bytes());
+    let key = empty_root(&imager::version()?);
     let path = store.layer(&key, "squashfs");
     let _lock = store.lock(&key, progress)?;
     if !path.exists() {

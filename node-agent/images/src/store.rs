@@ -96,16 +96,27 @@ impl Store {
     }
 
     pub(crate) fn has_image(&self, digest: &Digest) -> bool {
-        self.root.join("images").join(digest.hex()).exists()
+        self.image(digest).exists()
+    }
+
+    /// The record of an image.
+    pub(crate) fn image(&self, digest: &Digest) -> PathBuf {
+        self.root.join("images").join(digest.hex())
+    }
+
+    pub(crate) fn blobs_folder(&self) -> PathBuf {
+        self.root.join("blobs/sha256")
+    }
+
+    pub(crate) fn layers_folder(&self) -> PathBuf {
+        self.root.join("layers")
     }
 
     /// Records an image whose blobs are all here.
     pub(crate) fn record(&self, image: &StoredImage) -> Result<(), ImageError> {
         let record = Record { bytes: image.bytes, layers: image.layers };
         let bytes = serde_json::to_vec(&record).map_err(|e| ImageError::document("record", e))?;
-        self.publish(&self.root.join("images").join(image.digest.hex()), |file| {
-            file.write_all(&bytes)
-        })
+        self.publish(&self.image(&image.digest), |file| file.write_all(&bytes))
     }
 
     pub(crate) fn blob(&self, digest: &Digest) -> PathBuf {
@@ -117,8 +128,10 @@ impl Store {
         self.root.join("layers").join(format!("{}.{suffix}", key.hex()))
     }
 
-    /// Makes a temporary folder that a later [`Store::open`] removes if this process dies.
+    /// Makes a temporary folder that a later [`Store::open`] removes if this process dies. While it
+    /// is there, nothing is collected: what its holder found in the store stays.
     pub(crate) fn scratch(&self) -> Result<Scratch, ImageError> {
+        let adding = self.lock_file(".adding", FlockOperation::NonBlockingLockShared)?;
         // Between making the folder and holding its lock it looks like a dead one's.
         let _making = self.lock_making(FlockOperation::NonBlockingLockShared)?;
         let tmp = self.root.join("tmp");
@@ -130,12 +143,28 @@ impl Store {
         let lock = File::create(&path).map_err(|e| ImageError::io("make", &path, e))?;
         let io = |e: rustix::io::Errno| ImageError::io("lock", &path, e.into());
         rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(io)?;
-        Ok(Scratch { folder, _lock: lock })
+        Ok(Scratch { folder, _lock: lock, _adding: adding })
+    }
+
+    /// The right to remove what no image needs; fails when somebody adds to the store for long.
+    pub(crate) fn alone(&self) -> Result<File, ImageError> {
+        self.lock_file(".adding", FlockOperation::NonBlockingLockExclusive).map_err(|error| {
+            match error {
+                ImageError::Io { source, .. } if source.kind() == io::ErrorKind::WouldBlock => {
+                    ImageError::Busy
+                }
+                error => error,
+            }
+        })
     }
 
     /// Shared: a folder in `tmp` is being made. Exclusive: leftovers are being removed.
     fn lock_making(&self, how: FlockOperation) -> Result<File, ImageError> {
-        let path = self.root.join(".making");
+        self.lock_file(".making", how)
+    }
+
+    fn lock_file(&self, name: &str, how: FlockOperation) -> Result<File, ImageError> {
+        let path = self.root.join(name);
         let file = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -261,6 +290,7 @@ impl Store {
 pub(crate) struct Scratch {
     folder: tempfile::TempDir,
     _lock: File,
+    _adding: File,
 }
 
 impl Scratch {

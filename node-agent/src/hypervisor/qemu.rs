@@ -16,7 +16,7 @@ use futures_util::future::BoxFuture;
 
 use super::confine::{self, Allowed, Limits};
 use super::vm::{LOG_FILE, ORDERS_SOCKET};
-use super::{Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmSpec, tsc};
+use super::{Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmSpec, tsc, vm};
 use crate::kernel::Kernel;
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -181,6 +181,10 @@ impl Hypervisor for Qemu {
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
         Ok(Vm::find(dir, &self.program))
+    }
+
+    fn strays(&self, folder: &Path) -> Vec<Vm> {
+        vm::strays(folder, &self.program)
     }
 }
 

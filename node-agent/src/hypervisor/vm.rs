@@ -20,7 +20,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
-use super::processes::{boot_id, executable, running_in, start_time};
+use super::processes::{boot_id, executable, running_in, running_in_removed, start_time};
 use super::{HypervisorError, LINK_SOCKET};
 
 const IDENTITY_FILE: &str = "vm.json";
@@ -172,6 +172,12 @@ impl Vm {
         let _ = write_identity(dir, &found.identity);
         Some(found)
     }
+}
+
+/// The VMs of this program that run beneath this folder in a directory that was removed.
+pub(super) fn strays(folder: &Path, program: &Path) -> Vec<Vm> {
+    let found = running_in_removed(folder, program);
+    found.into_iter().filter_map(|(pid, dir)| attach(pid, &dir)).collect()
 }
 
 impl Drop for Vm {

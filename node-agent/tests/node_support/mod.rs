@@ -41,6 +41,8 @@ pub(crate) fn desired(n: u8, generation: u64, desired: Desired) -> DesiredSandbo
     let local = LocalImage { home: b"/home/ada".to_vec() };
     let shape = Shape { cpus: 1, memory_mib: 128, disk_mib: 16, processes_max: 100 };
     DesiredSandbox {
+        reason: String::new(),
+        ran: false,
         sandbox_id: sandbox(n).to_vec(),
         epoch: 1,
         generation,

@@ -97,6 +97,7 @@ impl rpc::ControlPlane for Fake {
         get_sandbox: GetSandboxRequest => Sandbox,
         list_sandboxes: ListSandboxesRequest => ListSandboxesResponse,
         set_desired: SetDesiredRequest => Sandbox,
+        set_expiry: SetExpiryRequest => Sandbox,
         issue_ticket: IssueTicketRequest => IssueTicketResponse,
         put_image: PutImageRequest => Image,
         list_images: ListImagesRequest => ListImagesResponse,

@@ -193,6 +193,9 @@ pub struct Sandbox {
     /// It is stopped then (Unix milliseconds of the replicated clock); 0: never.
     #[prost(uint64, tag = "13")]
     pub expires_ms: u64,
+    /// Why it is desired so, when nobody asked: "timeout 2h".
+    #[prost(string, tag = "14")]
+    pub desired_reason: ::prost::alloc::string::String,
 }
 /// What a node offers.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -524,6 +527,16 @@ pub struct SetDesiredRequest {
     /// Only if the record still has this generation; 0 means any.
     #[prost(uint64, tag = "4")]
     pub expect_generation: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetExpiryRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    pub idempotency_key: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    /// It is stopped so long after now, and after each later start; 0: never.
+    #[prost(uint64, tag = "3")]
+    pub ttl_s: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct IssueTicketRequest {
@@ -1986,6 +1999,12 @@ pub struct DesiredSandbox {
     pub image_digest: ::prost::alloc::string::String,
     #[prost(uint64, tag = "7")]
     pub revision: u64,
+    /// Why it is desired so, when nobody asked: "timeout 2h".
+    #[prost(string, tag = "8")]
+    pub reason: ::prost::alloc::string::String,
+    /// It has had a VM here: a node that lacks its disk must not begin with an empty one.
+    #[prost(bool, tag = "9")]
+    pub ran: bool,
 }
 /// Everything up to `revision` has been sent. After the first one, a sandbox that was not named is
 /// not wanted here.
@@ -2254,7 +2273,10 @@ pub struct Command {
     /// Absent for what the control plane does by itself.
     #[prost(message, optional, tag = "1")]
     pub idempotency: ::core::option::Option<Idempotency>,
-    #[prost(oneof = "command::What", tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(
+        oneof = "command::What",
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
+    )]
     pub what: ::core::option::Option<command::What>,
 }
 /// Nested message and enum types in `Command`.
@@ -2287,6 +2309,9 @@ pub mod command {
         /// Only brings replicated time forward, so that what expires may go.
         #[prost(bool, tag = "13")]
         AdvanceTime(bool),
+        /// From version 2 on.
+        #[prost(message, tag = "14")]
+        SetExpiry(super::SetExpiryCommand),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2322,6 +2347,16 @@ pub struct SetDesiredCommand {
     pub expect_generation: u64,
     /// Empty: an operator.
     #[prost(string, tag = "4")]
+    pub owner: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SetExpiryCommand {
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    pub ttl_s: u64,
+    /// Empty: an operator.
+    #[prost(string, tag = "3")]
     pub owner: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]

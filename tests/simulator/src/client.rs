@@ -84,6 +84,12 @@ impl Client {
             return self.invent_creation(key);
         }
         let (mark, id) = live[self.rng.index(live.len())].clone();
+        if self.rng.percent(15) {
+            // Seconds, so that many come while faults go on; sometimes none at all.
+            let ttl_s = self.rng.range(0, 12);
+            let set = v1::SetExpiryRequest { idempotency_key: key, id, ttl_s };
+            return Operation { request: Request::SetExpiry(set), mark, unsure: false };
+        }
         let desired = match self.rng.range(0, 9) {
             0..4 => Desired::Stopped,
             4..6 => Desired::Running,
@@ -113,6 +119,7 @@ impl Client {
             image: Some(v1::ImageRef { source: Some(v1::image_ref::Source::Local(local)) }),
             shape: Some(shape),
             env: vec![format!("MARK={mark}").into_bytes()],
+            timeout_s: if self.rng.percent(25) { self.rng.range(1, 20) } else { 0 },
             ..Default::default()
         };
         let request = Request::CreateSandbox(v1::CreateSandboxRequest {
@@ -138,8 +145,14 @@ impl Client {
                 if mark != operation.mark {
                     return Err(format!("asked about {}, answered about {mark}", operation.mark));
                 }
-                let known =
-                    Known { id: sandbox.id.clone(), desired: sandbox.desired(), unsure: false };
+                let unsure = match &operation.request {
+                    // It changes nothing of what is desired.
+                    Request::SetExpiry(_) => {
+                        self.acknowledged.get(&mark).is_some_and(|known| known.unsure)
+                    }
+                    _ => false,
+                };
+                let known = Known { id: sandbox.id.clone(), desired: sandbox.desired(), unsure };
                 self.acknowledged.insert(mark, known);
             }
             Ok(other) => return Err(format!("a strange answer: {other:?}")),
@@ -166,6 +179,15 @@ impl Client {
                     return Err(format!("{} was acknowledged and is lost", operation.mark));
                 }
                 known.unsure |= operation.unsure;
+                if gone {
+                    known.desired = Desired::Deleted;
+                }
+            }
+            (Request::SetExpiry(_), Some(known)) => {
+                let gone = refusal.kind == RefusalKind::NotFound;
+                if gone && !known.unsure {
+                    return Err(format!("{} was acknowledged and is lost", operation.mark));
+                }
                 if gone {
                     known.desired = Desired::Deleted;
                 }

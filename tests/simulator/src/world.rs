@@ -26,6 +26,8 @@ pub enum Bug {
     FitsSkipped,
     /// Repeated requests are done again.
     DedupSkipped,
+    /// No timeout stops anything.
+    ExpirySkipped,
 }
 
 /// What to play.
@@ -134,10 +136,12 @@ struct World {
 pub fn run(setup: Setup) -> Result<Report, Failure> {
     planted::plant_fits_skipped(setup.bug == Bug::FitsSkipped);
     planted::plant_dedup_skipped(setup.bug == Bug::DedupSkipped);
+    planted::plant_expiry_skipped(setup.bug == Bug::ExpirySkipped);
     let mut world = World::new(setup);
     let result = world.play();
     planted::plant_fits_skipped(false);
     planted::plant_dedup_skipped(false);
+    planted::plant_expiry_skipped(false);
     result.map_err(|what| Failure { seed: setup.seed, event: world.events, what })
 }
 
@@ -627,7 +631,8 @@ impl World {
                     _ if known.unsure => true,
                     (None, Desired::Deleted) => true,
                     (Some(sandbox), desired) => {
-                        sandbox.id == known.id && sandbox.desired() == desired
+                        sandbox.id == known.id
+                            && (sandbox.desired() == desired || was_timed_out(sandbox, desired))
                     }
                     (None, _) => false,
                 };
@@ -658,7 +663,10 @@ impl World {
             let view = state.view(record);
             let observed = view.observed.clone().unwrap_or_default();
             let fits = match view.desired() {
-                Desired::Running => matches!(observed.phase(), Phase::Running | Phase::Stopped),
+                // It may have ended by itself, or with its host while it came up.
+                Desired::Running => {
+                    matches!(observed.phase(), Phase::Running | Phase::Stopped | Phase::Failed)
+                }
                 Desired::Stopped => observed.phase() == Phase::Stopped,
                 Desired::Deleted | Desired::Unspecified => false,
             };
@@ -687,6 +695,13 @@ fn member_of(event: &Event, sessions: &BTreeMap<u64, Session>) -> Option<usize> 
         Event::ToMember { session, .. } => sessions.get(session).map(|open| open.member),
         _ => None,
     }
+}
+
+/// Whether a timeout stopped what was acknowledged as running. It never does more than that.
+fn was_timed_out(sandbox: &v1::Sandbox, acknowledged: Desired) -> bool {
+    acknowledged == Desired::Running
+        && sandbox.desired() == Desired::Stopped
+        && sandbox.desired_reason.starts_with("timeout ")
 }
 
 fn wrong(error: impl std::fmt::Display) -> String {

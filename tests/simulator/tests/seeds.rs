@@ -70,6 +70,7 @@ fn planted_bugs_are_caught() {
     caught(Bug::AckBeforePersist, 1, 20, &lost);
     caught(Bug::TailDropped, 1, 20, &lost);
     caught(Bug::FitsSkipped, 1, 20, &["oversold"]);
+    caught(Bug::ExpirySkipped, 1, 20, &["not stopped by its timeout"]);
     caught(
         Bug::DedupSkipped,
         1,

@@ -5,7 +5,7 @@ use towline_proto::ids::TokenId;
 use towline_proto::v1::{self, Command, Desired, Idempotency, TokenRole, command::What};
 
 use super::{ControlPlane, Read};
-use crate::admission::{check_key, check_spec};
+use crate::admission::{check_key, check_spec, check_timeout};
 use crate::input::{Answer, Caller, Effect, Request, RequestId, Role};
 use crate::placement::place;
 use crate::proposals::{Creation, IN_FLIGHT_MAX, Waiter};
@@ -54,6 +54,14 @@ impl ControlPlane {
                 self.create(Creation { request_id: id, caller, request, attempts: 0, placed: None })
             }
             Request::SetDesired(set) => self.set_desired(id, &caller, &set),
+            Request::SetExpiry(set) => {
+                check_timeout(set.ttl_s)?;
+                let key = keyed(&caller, &set.idempotency_key, &set)?;
+                let owner = owner_asked(&caller);
+                let command = v1::SetExpiryCommand { id: set.id, ttl_s: set.ttl_s, owner };
+                self.pend(id, Some(key), What::SetExpiry(command));
+                Ok(())
+            }
             Request::PutImage(put) => self.put_image(id, &caller, &put),
             Request::DeleteImage(delete) => {
                 let key = keyed(&caller, &delete.idempotency_key, &delete)?;
@@ -142,15 +150,11 @@ impl ControlPlane {
             return Err(Refusal::invalid("say what is desired: running, stopped or deleted"));
         }
         let key = keyed(caller, &set.idempotency_key, set)?;
-        let owner = match caller.role {
-            Role::Operator => String::new(),
-            _ => caller.name.clone(),
-        };
         let command = v1::SetDesiredCommand {
             id: set.id.clone(),
             desired: set.desired,
             expect_generation: set.expect_generation,
-            owner,
+            owner: owner_asked(caller),
         };
         self.pend(id, Some(key), What::SetDesired(command));
         Ok(())
@@ -259,6 +263,14 @@ fn may(caller: &Caller, request: &Request) -> Result<(), Refusal> {
         Role::Node => Refusal::denied("a node may not do this"),
         Role::User | Role::Operator => Refusal::denied("only an operator may do this"),
     })
+}
+
+/// Whose a sandbox must be that the caller changes; an operator's may be anybody's.
+fn owner_asked(caller: &Caller) -> String {
+    match caller.role {
+        Role::Operator => String::new(),
+        _ => caller.name.clone(),
+    }
 }
 
 fn keyed(caller: &Caller, key: &[u8], request: &impl Message) -> Result<Idempotency, Refusal> {

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use towline_proto::ids::{NodeId, SandboxId};
 use towline_proto::v1::{self, Desired, Phase, SandboxRecord};
 
+use super::expiry::expiry;
 use super::{Changes, Done, State};
 use crate::names;
 use crate::refusal::{Refusal, RefusalKind};
@@ -22,10 +23,12 @@ const NAME_ATTEMPTS_MAX: u32 = 10_000;
 /// Sandboxes with their indexes.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sandboxes {
-    by_id: BTreeMap<SandboxId, SandboxRecord>,
+    pub(super) by_id: BTreeMap<SandboxId, SandboxRecord>,
     /// (project, name) of those that are not being deleted.
     by_name: BTreeMap<(String, String), SandboxId>,
     by_node: BTreeMap<NodeId, BTreeSet<SandboxId>>,
+    /// (`expires_ms`, id) of those that have one.
+    pub(super) by_expiry: BTreeSet<(u64, SandboxId)>,
 }
 
 impl Sandboxes {
@@ -76,6 +79,9 @@ impl Sandboxes {
             self.by_name.insert(name_key(sandbox), id);
         }
         self.by_node.entry(node).or_default().insert(id);
+        if sandbox.expires_ms != 0 {
+            self.by_expiry.insert((sandbox.expires_ms, id));
+        }
         self.by_id.insert(id, record);
         Ok(id)
     }
@@ -84,6 +90,7 @@ impl Sandboxes {
         let record = self.by_id.remove(&id)?;
         if let Some(sandbox) = &record.sandbox {
             self.free_name(id, sandbox);
+            self.by_expiry.remove(&(sandbox.expires_ms, id));
             if let Ok(node) = node_id(&sandbox.node_id)
                 && let Some(there) = self.by_node.get_mut(&node)
             {
@@ -133,7 +140,7 @@ impl State {
             Refusal::new(RefusalKind::Raced, format!("{node} has no room any more; try again"))
         })?;
         self.revision += 1;
-        let sandbox = v1::Sandbox {
+        let mut sandbox = v1::Sandbox {
             id: create.id.clone(),
             project: create.project.clone(),
             owner: create.owner.clone(),
@@ -143,6 +150,7 @@ impl State {
             epoch: 1,
             node_id: create.node_id.clone(),
             expires_ms: 0,
+            desired_reason: String::new(),
             observed: Some(v1::Observed {
                 sandbox_id: create.id.clone(),
                 epoch: 1,
@@ -154,6 +162,7 @@ impl State {
             created_ms: self.now_ms,
             since_ms: self.now_ms,
         };
+        sandbox.expires_ms = expiry(&sandbox, self.now_ms);
         let record =
             SandboxRecord { sandbox: Some(sandbox.clone()), image_digest, computing: true };
         self.sandboxes.insert(record)?;
@@ -204,7 +213,7 @@ impl State {
             return Ok(Done::Sandbox(Box::new(self.view(record))));
         }
         self.reserve_again(record.computing, &sandbox, desired)?;
-        Ok(Done::Sandbox(Box::new(self.steer(id, desired, changes))))
+        Ok(Done::Sandbox(Box::new(self.steer(id, desired, "", changes))))
     }
 
     /// Reserves CPU and memory anew for a sandbox that is started after it gave them back.
@@ -236,7 +245,14 @@ impl State {
         })
     }
 
-    fn steer(&mut self, id: SandboxId, desired: Desired, changes: &mut Changes) -> v1::Sandbox {
+    /// Wants something else of a sandbox; `reason` says why if nobody asked.
+    pub(super) fn steer(
+        &mut self,
+        id: SandboxId,
+        desired: Desired,
+        reason: &str,
+        changes: &mut Changes,
+    ) -> v1::Sandbox {
         self.revision += 1;
         let (now_ms, revision) = (self.now_ms, self.revision);
         let Some(record) = self.sandboxes.by_id.get_mut(&id) else {
@@ -244,6 +260,7 @@ impl State {
         };
         let sandbox = record.sandbox.get_or_insert_default();
         sandbox.set_desired(desired);
+        reason.clone_into(&mut sandbox.desired_reason);
         sandbox.generation += 1;
         sandbox.revision = revision;
         if desired == Desired::Running {
@@ -256,7 +273,9 @@ impl State {
             observed.main_exit = None;
             sandbox.since_ms = now_ms;
         }
-        let sandbox = sandbox.clone();
+        self.sandboxes.count_anew(id, now_ms);
+        let sandbox = self.sandboxes.get(id).and_then(|record| record.sandbox.clone());
+        let sandbox = sandbox.unwrap_or_default();
         if desired == Desired::Deleted {
             self.sandboxes.free_name(id, &sandbox);
         }
@@ -325,6 +344,9 @@ impl State {
             let freed = shape_of(sandbox).compute();
             self.nodes.release(node, freed);
         }
+        if ended {
+            self.sandboxes.count_anew(id, self.now_ms);
+        }
         changes.sandboxes.insert(id);
     }
 
@@ -362,7 +384,7 @@ pub fn phase_name(phase: Phase) -> String {
     phase.as_str_name().trim_start_matches("PHASE_").to_lowercase()
 }
 
-fn has_ended(sandbox: &v1::Sandbox) -> bool {
+pub(crate) fn has_ended(sandbox: &v1::Sandbox) -> bool {
     sandbox
         .observed
         .as_ref()

@@ -25,6 +25,8 @@ pub(crate) fn assignment(n: u8, epoch: u64, generation: u64, desired: Desired) -
         epoch,
         generation,
         desired,
+        reason: String::new(),
+        ran: false,
         spec: SandboxSpec { shape: Some(shape), ..SandboxSpec::default() },
         image_digest: String::new(),
         revision: generation,
