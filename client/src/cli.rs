@@ -53,6 +53,8 @@ pub enum Verb {
     Inspect(commands::inspect::InspectArgs),
     /// Show the output of a sandbox's main command
     Logs(commands::logs::LogsArgs),
+    /// Show and publish a sandbox's ports
+    Ports(commands::ports::PortsArgs),
     /// Stop sandboxes; their disks are kept
     Stop(commands::stop::StopArgs),
     /// Start stopped sandboxes
@@ -92,6 +94,7 @@ impl Verb {
             Self::Create(args) => args.json,
             Self::Ls(args) => args.json,
             Self::Inspect(args) => args.json,
+            Self::Ports(args) => args.json,
             Self::Stop(args) => args.json,
             Self::Start(args) => args.json,
             Self::Rm(args) => args.json,
@@ -115,7 +118,6 @@ const LATER_VERBS: &[&str] = &[
     "events",
     "cp",
     "sync",
-    "ports",
     "pause",
     "resume",
     "prune",
@@ -138,8 +140,6 @@ const LATER_VERBS: &[&str] = &[
     "tag",
 ];
 const LATER_FLAGS: &[(&str, &str)] = &[
-    ("-p", "publishing ports"),
-    ("--publish", "publishing ports"),
     ("--reverse", "reverse ports"),
     ("--gpus", "GPUs"),
     ("--watch", "watching"),
@@ -185,8 +185,7 @@ mod tests {
 
     #[test]
     fn what_is_not_in_this_version_is_refused_as_such() {
-        let cases: [&[&str]; 8] = [
-            &["run", "-p", "80", "--", "true"],
+        let cases: [&[&str]; 7] = [
             &["run", "--reverse", "80", "--", "true"],
             &["run", "--gpus", "1", "--", "true"],
             &["run", "--gpus=1", "--", "true"],

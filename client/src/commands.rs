@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod logs;
 pub mod ls;
 pub mod node;
+pub mod ports;
 pub mod rm;
 pub mod run;
 pub mod shell;
@@ -49,6 +50,7 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Ls(args) => ls::run(args, &env).await,
         Verb::Inspect(args) => inspect::run(args, &env).await,
         Verb::Logs(args) => Box::pin(logs::run(args, &env)).await,
+        Verb::Ports(args) => Box::pin(ports::run(args, &env)).await,
         Verb::Stop(args) => stop::run(args, &env).await,
         Verb::Start(args) => start::run(args, &env).await,
         Verb::Rm(args) => rm::run(args, &env).await,

@@ -3,15 +3,17 @@
 //!
 //! Reading order: `place.rs` (where its socket is), `client.rs` (how `tow` reaches and starts it),
 //! `server.rs` (accepting, idleness, leaving), `request.rs` (one stream from open to end),
-//! `tickets.rs`, `links.rs`. It decides nothing about sandboxes and keeps no state that its death
-//! would lose: streams are taken up again by their two ends.
+//! `clusters.rs`, `tickets.rs`, `links.rs`, `ports.rs` (what listens on the laptop). It decides nothing about sandboxes and keeps no state that its death
+//! would lose: streams are taken up again by their two ends, ports from a file.
 
 pub mod client;
+mod clusters;
 mod copy;
 mod descriptors;
 mod failure;
 mod links;
 pub mod place;
+mod ports;
 mod request;
 mod server;
 mod tickets;

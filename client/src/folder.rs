@@ -44,6 +44,9 @@ pub struct FolderConfig {
     /// Environment of every command.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// Ports that are published, as `-p` takes them.
+    #[serde(default)]
+    pub ports: Vec<String>,
 }
 
 /// Size of a sandbox as a folder asks for it.

@@ -6,7 +6,8 @@ use anyhow::Context as _;
 use ring::rand::{SecureRandom as _, SystemRandom};
 use towline_proto::ids::ExecId;
 
-fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
+/// Returns bytes that nobody can guess.
+pub fn random<const N: usize>() -> anyhow::Result<[u8; N]> {
     let mut bytes = [0; N];
     SystemRandom::new().fill(&mut bytes).ok().context("the kernel gave no random bytes")?;
     Ok(bytes)

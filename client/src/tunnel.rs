@@ -1,4 +1,4 @@
-//! Bytes between this machine and a guest, by way of the daemon: commands and terminals.
+//! Bytes between this machine and a guest, by way of the daemon: commands, terminals and connections.
 //!
 //! The daemon and the node only splice; the two ends of every protocol here are `tow` and the
 //! guest agent. What a guest sends is checked here before it touches anything.
@@ -7,5 +7,6 @@ pub mod exec;
 pub mod files;
 pub mod guest;
 pub mod import;
+pub mod tcp;
 pub mod terminal;
 pub mod tty;

@@ -71,7 +71,8 @@ pub enum FrameKind {
     TcpData = 101,
     /// Offset only: nothing comes from here on.
     TcpEof = 102,
-    /// Offset only: all before it has been passed on and may be forgotten.
+    /// Offset, and an offset (u64, little endian) as the bytes: all before the first has been passed
+    /// on and may be forgotten; the sender must stop at the second until the next one.
     TcpAck = 103,
     /// Empty: the connection was reset by its peer.
     TcpReset = 104,

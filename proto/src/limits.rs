@@ -17,6 +17,18 @@ pub const DATA_CHUNK_MAX: usize = 64 << 10;
 /// tens of milliseconds.
 pub const UNACKED_MAX: usize = 4 << 20;
 
+/// What a sender of a forwarded connection keeps until it is acknowledged, and what its receiver
+/// grants ahead, per direction: a browser has hundreds of connections at once.
+pub const TCP_WINDOW: usize = 1 << 20;
+/// What may be sent before the first acknowledgement.
+pub const TCP_FIRST_WINDOW: usize = 64 << 10;
+/// The same bounds while memory is short.
+pub const TCP_PRESSED_WINDOW: usize = 16 << 10;
+/// First bytes that travel with the open of a forwarded connection.
+pub const TCP_FIRST_BYTES_MAX: usize = 16 << 10;
+/// Forwarded connections that a guest agent keeps at once, those of a lost link too.
+pub const TCP_STREAMS_MAX: usize = 2048;
+
 /// Output kept in memory for an exec that nobody is attached to, before its process is held.
 pub const DETACHED_OUTPUT_MAX: usize = 8 << 20;
 

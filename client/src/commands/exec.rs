@@ -12,6 +12,7 @@ use crate::cluster::{Cluster, Start};
 use crate::commands::Env;
 use crate::error::{Exit, Failure, Outcome};
 use crate::folder::ProjectFolder;
+use crate::forward::{self, ForwardArgs};
 use crate::output::human;
 use crate::spec::{self, EnvArgs};
 use crate::tunnel::exec::{self, Ended, ExecClient, How, Io};
@@ -28,6 +29,9 @@ pub struct ExecArgs {
     /// Environment flags.
     #[command(flatten)]
     pub env: EnvArgs,
+    /// Forward flags.
+    #[command(flatten)]
+    pub forward: ForwardArgs,
     /// User to run as, instead of the sandbox's: root, UID or UID:GID
     #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
     pub user: Option<v1::User>,
@@ -55,7 +59,9 @@ pub struct ExecArgs {
 
 pub(super) async fn run(args: ExecArgs, env: &Env) -> Outcome {
     let terminal = if args.detach { None } else { args.tty.terminal() };
-    let start = v1::ExecStart {
+    forward::refuse_detached(&args.forward, args.detach)?;
+    args.forward.check().await?;
+    let mut start = v1::ExecStart {
         argv: spec::argv(args.command),
         env: args.env.collect()?,
         cwd: args.workdir.map(OsString::into_vec).unwrap_or_default(),
@@ -72,6 +78,7 @@ pub(super) async fn run(args: ExecArgs, env: &Env) -> Outcome {
     if let Some((found, folder)) = &synced {
         sync::before(&guest, found, folder, env).await?;
     }
+    let _forwarding = args.forward.start(&guest, &mut start).await?;
     let ended = start_and_follow(&guest, exec_id, start, io).await?;
     if args.detach {
         env.printer.answer(exec_id.to_string())?;

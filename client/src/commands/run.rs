@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -22,11 +22,13 @@ use crate::commands::Env;
 use crate::daemon::place::Place;
 use crate::error::{Exit, Failure, Outcome};
 use crate::folder::{FolderConfig, ProjectFolder};
+use crate::forward::{self, ForwardArgs};
+use crate::ports::{self, PortArgs};
 use crate::spec::{self, EnvArgs, SpecArgs};
 use crate::tunnel::exec::Ended;
 use crate::tunnel::guest::Guest;
 use crate::tunnel::tty::{self, TtyArgs};
-use crate::{ids, sandbox, sync, user};
+use crate::{git, ids, sandbox, sync, user};
 
 /// Arguments of `tow run`.
 #[derive(Debug, Args)]
@@ -40,6 +42,12 @@ pub struct RunArgs {
     /// Environment flags.
     #[command(flatten)]
     pub env: EnvArgs,
+    /// Port flags.
+    #[command(flatten)]
+    pub ports: PortArgs,
+    /// Forward flags.
+    #[command(flatten)]
+    pub forward: ForwardArgs,
     /// Make a new sandbox even if this folder has one
     #[arg(long)]
     pub new: bool,
@@ -74,6 +82,8 @@ struct RunPlan {
     folder: Option<ProjectFolder>,
     start: v1::ExecStart,
     tty: TtyArgs,
+    ports: Vec<v1::PortMapping>,
+    forward: ForwardArgs,
     always_new: bool,
     remove: bool,
     sync: bool,
@@ -109,12 +119,15 @@ impl RunPlan {
             stdin_closed: args.detach,
         };
         check(&start)?;
+        forward::refuse_detached(&args.forward, args.detach)?;
         if start.argv.is_empty() && spec.user.is_some() {
             return Err(Failure::usage("a local image has no command of its own")
                 .hint("`tow run -- CMD…`, or `tow shell`")
                 .into());
         }
         Ok(Self {
+            ports: args.ports.wanted(&config)?,
+            forward: args.forward,
             args: args.spec,
             spec,
             start,
@@ -141,16 +154,17 @@ fn workdir(typed: Option<OsString>, folder: Option<&ProjectFolder>, cwd: PathBuf
 
 pub(super) async fn run(args: RunArgs, env: &Env) -> Outcome {
     let plan = RunPlan::new(args)?;
+    plan.forward.check().await?;
     let cluster = Cluster::open(env, Start::Always).await?;
     let found = find_or_create(&cluster, &plan, env).await?;
     let ended = Box::pin(run_in(&cluster, &plan, env, found.clone())).await;
-    if plan.remove && !plan.start.detached && !matches!(ended, Ok(Ended::Left)) {
+    if plan.remove && !plan.start.detached && !matches!(ended, Ok((Ended::Left, _))) {
         remove(&cluster, &found, env).await;
     }
-    let ended = ended?;
+    let (ended, published) = ended?;
     let name = sandbox::name(&found);
     if plan.start.detached {
-        say_started(&cluster, &found, env).await?;
+        say_started(&cluster, &found, &published, env).await?;
         return Ok(Exit::OK);
     }
     Ok(finish(env, &ended, &name))
@@ -169,7 +183,8 @@ async fn run_in(
     plan: &RunPlan,
     env: &Env,
     found: v1::Sandbox,
-) -> anyhow::Result<Ended> {
+) -> anyhow::Result<(Ended, Vec<v1::PublishedPort>)> {
+    let interrupted = || Ok((Ended::Signalled(INTERRUPT), Vec::new()));
     let folder = plan.folder.as_ref().filter(|_| plan.sync);
     let prepare = async {
         let running = sandbox::ensure_running(cluster, found, &env.printer).await?;
@@ -180,27 +195,37 @@ async fn run_in(
         anyhow::Ok((running, guest))
     };
     let Some(prepared) = or_interrupted(Box::pin(prepare)).await? else {
-        return Ok(Ended::Signalled(INTERRUPT));
+        return interrupted();
     };
     let (running, guest) = prepared?;
+    // Those of a command in the foreground live as long as it does.
+    let (_leased, published) = match plan.start.detached {
+        true => (None, ports::keep(guest.daemon(), &running, &plan.ports, env).await?),
+        false => {
+            let leased = ports::lease(guest.daemon(), &running, &plan.ports, env).await?;
+            (Some(leased), Vec::new())
+        }
+    };
     let io = match plan.start.detached {
         true => tty::detached(),
         false => plan.tty.io(plan.start.terminal.is_some()),
     };
-    let ended = start_and_follow(&guest, ids::exec_id()?, plan.start.clone(), io).await;
+    let mut start = plan.start.clone();
+    let _forwarding = plan.forward.start(&guest, &mut start).await?;
+    let ended = start_and_follow(&guest, ids::exec_id()?, start, io).await;
     if let (Some(folder), Ok(Ended::Exited(_) | Ended::OutputClosed)) = (folder, &ended) {
         let back = sync::after(&guest, &running, folder, env);
         let Some(back) = or_interrupted(back).await? else {
             env.printer
                 .warning("interrupted while bringing changes back: some are only in the sandbox");
-            return Ok(Ended::Signalled(INTERRUPT));
+            return interrupted();
         };
         back?;
     }
     if let Ok(ended) = &ended {
         say_news(&guest, &running, ended, env).await;
     }
-    ended
+    Ok((ended?, published))
 }
 
 const INTERRUPT: i32 = rustix::process::Signal::INT.as_raw();
@@ -214,10 +239,17 @@ async fn or_interrupted<T>(work: impl Future<Output = T>) -> anyhow::Result<Opti
     })
 }
 
-async fn say_started(cluster: &Cluster, found: &v1::Sandbox, env: &Env) -> anyhow::Result<()> {
+async fn say_started(
+    cluster: &Cluster,
+    found: &v1::Sandbox,
+    published: &[v1::PublishedPort],
+    env: &Env,
+) -> anyhow::Result<()> {
     if env.printer.json() {
         let now = sandbox::by_id(cluster, &found.id).await?.unwrap_or_else(|| found.clone());
-        return Ok(env.printer.object(&crate::output::json::sandbox(&now))?);
+        return Ok(env
+            .printer
+            .object(&crate::output::json::sandbox_with_ports(&now, published))?);
     }
     let name = sandbox::name(found);
     env.printer.answer(&name)?;
@@ -248,7 +280,9 @@ async fn find_or_create(
         }
         return Ok(found);
     }
-    let created = sandbox::create(cluster, plan.spec.clone()).await?;
+    let folder = plan.folder.as_ref().map_or(Path::new("."), |folder| &folder.path);
+    let spec = v1::SandboxSpec { git: git::identity(folder).await, ..plan.spec.clone() };
+    let created = sandbox::create(cluster, spec).await?;
     env.printer.hint(format!("made sandbox {}", sandbox::name(&created)));
     Ok(created)
 }

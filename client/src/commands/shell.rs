@@ -9,6 +9,7 @@ use crate::cluster::{Cluster, Start};
 use crate::commands::Env;
 use crate::error::{Failure, Outcome};
 use crate::folder::ProjectFolder;
+use crate::forward::ForwardArgs;
 use crate::spec::EnvArgs;
 use crate::tunnel::exec::Ended;
 use crate::tunnel::guest::Guest;
@@ -24,6 +25,9 @@ pub struct ShellArgs {
     /// Environment flags.
     #[command(flatten)]
     pub env: EnvArgs,
+    /// Forward flags.
+    #[command(flatten)]
+    pub forward: ForwardArgs,
     /// User to run as, instead of the sandbox's: root, UID or UID:GID
     #[arg(short, long, value_name = "USER", value_parser = user::parse_typed)]
     pub user: Option<v1::User>,
@@ -36,6 +40,7 @@ pub struct ShellArgs {
 }
 
 pub(super) async fn run(args: ShellArgs, env: &Env) -> Outcome {
+    args.forward.check().await?;
     let cluster = Cluster::open(env, Start::UnlessDown).await?;
     let found = match &args.name {
         Some(name) => sandbox::find(&cluster, name).await?,
@@ -43,7 +48,7 @@ pub(super) async fn run(args: ShellArgs, env: &Env) -> Outcome {
     };
     let found = sandbox::ensure_running(&cluster, found, &env.printer).await?;
     let terminal = args.tty.terminal();
-    let start = v1::ExecStart {
+    let mut start = v1::ExecStart {
         argv: shell(&found),
         env: args.env.collect()?,
         terminal,
@@ -56,6 +61,7 @@ pub(super) async fn run(args: ShellArgs, env: &Env) -> Outcome {
     if let Some(folder) = &folder {
         sync::before(&guest, &found, folder, env).await?;
     }
+    let _forwarding = args.forward.start(&guest, &mut start).await?;
     let ended = start_and_follow(&guest, ids::exec_id()?, start, io).await?;
     if let (Some(folder), Ended::Exited(_)) = (&folder, &ended) {
         sync::after(&guest, &found, folder, env).await?;

@@ -21,8 +21,8 @@ use towline_proto::ids::SandboxId;
 use towline_proto::v1::daemon_answer::Answer;
 use towline_proto::v1::daemon_request::Request;
 use towline_proto::v1::{
-    DaemonAnswer, DaemonRequest, DaemonShutdown, DaemonStatus, DaemonStatusRequest,
-    OpenSandboxStream,
+    DaemonAnswer, DaemonRequest, DaemonShutdown, DaemonStatus, DaemonStatusRequest, ListPorts,
+    OpenSandboxStream, PublishPorts, PublishedPort, UnpublishPorts,
 };
 use towline_streams::{FrameReader, FrameWriter};
 
@@ -53,6 +53,20 @@ pub struct OpenedStream {
     pub reader: FrameReader<OwnedReadHalf>,
     /// To the other end.
     pub writer: FrameWriter<OwnedWriteHalf>,
+}
+
+/// A connection to the daemon for as long as something is wanted of it; dropping it ends that.
+#[derive(Debug)]
+pub struct Lease {
+    reader: FrameReader<OwnedReadHalf>,
+    _writer: FrameWriter<OwnedWriteHalf>,
+}
+
+impl Lease {
+    /// Waits until the daemon is gone.
+    pub async fn lost(&mut self) {
+        while let Ok(Some(_)) = self.reader.next().await {}
+    }
 }
 
 /// Says why there is no stream.
@@ -118,9 +132,41 @@ impl DaemonClient {
                 Ok(OpenedStream { sandbox_id, reader, writer })
             }
             Answer::Error(error) => Err(OpenError::Refused(error.into())),
-            Answer::Status(_) | Answer::Leaving(_) => {
+            Answer::Status(_) | Answer::Leaving(_) | Answer::Ports(_) => {
                 Err(OpenError::Daemon(anyhow!("the daemon answered something else")))
             }
+        }
+    }
+
+    /// Publishes ports of a sandbox; leased ones until the lease ends.
+    pub async fn publish(
+        &self,
+        request: PublishPorts,
+    ) -> Result<(Vec<PublishedPort>, Lease), OpenError> {
+        self.ports(Request::Publish(request)).await
+    }
+
+    /// Unpublishes ports of a sandbox; returns what is left.
+    pub async fn unpublish(
+        &self,
+        request: UnpublishPorts,
+    ) -> Result<Vec<PublishedPort>, OpenError> {
+        Ok(self.ports(Request::Unpublish(request)).await?.0)
+    }
+
+    /// What is published of a sandbox, or of all.
+    pub async fn list_ports(&self, request: ListPorts) -> Result<Vec<PublishedPort>, OpenError> {
+        Ok(self.ports(Request::ListPorts(request)).await?.0)
+    }
+
+    async fn ports(&self, request: Request) -> Result<(Vec<PublishedPort>, Lease), OpenError> {
+        let asked = self.ask(request, true).await.map_err(OpenError::Daemon)?;
+        match asked {
+            Some((Answer::Ports(answer), reader, writer)) => {
+                Ok((answer.ports, Lease { reader, _writer: writer }))
+            }
+            Some((Answer::Error(error), ..)) => Err(OpenError::Refused(error.into())),
+            _ => Err(OpenError::Daemon(anyhow!("the daemon answered something else"))),
         }
     }
 
@@ -150,7 +196,8 @@ impl DaemonClient {
             config: self.config.clone().into_os_string().into_encoded_bytes(),
             request: Some(request),
         };
-        let versionless = !matches!(request.request, Some(Request::Open(_)));
+        let versionless =
+            matches!(request.request, Some(Request::Status(_) | Request::Shutdown(_)));
         let frame = Frame::message(FrameKind::DaemonRequest, &request);
         let deadline = Instant::now() + START_MAX;
         for _ in 0..REPLACEMENTS_MAX {

@@ -87,6 +87,13 @@ impl Place {
         self.dir.join("daemon.sock")
     }
 
+    /// The file of published ports. Not in this folder, which does not outlive the machine's boot;
+    /// named after it, because a daemon of another folder has ports of its own.
+    pub fn ports(&self) -> Result<PathBuf, env_vars::NoHome> {
+        let hash = blake3::hash(self.dir.as_os_str().as_encoded_bytes()).to_hex();
+        Ok(env_vars::state_dir()?.join(format!("ports-{}.json", &hash.as_str()[..16])))
+    }
+
     /// Held by the daemon that may touch the socket's name.
     pub fn lock(&self) -> PathBuf {
         self.dir.join("daemon.lock")

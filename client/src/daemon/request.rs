@@ -61,7 +61,7 @@ impl Cluster {
 /// A stream on its way: nothing of its answer has been read.
 struct Dialled {
     stream: LinkStream,
-    _lease: Lease,
+    lease: Lease,
 }
 
 /// Serves an OpenSandboxStream: `early` is what the client has said since. An error is for the
@@ -157,6 +157,21 @@ async fn target(cluster: &Cluster, open: &OpenSandboxStream) -> Result<Target, D
     }
 }
 
+/// Opens a stream to a sandbox for the daemon itself; the lease must live as long.
+pub(super) async fn dial_sandbox(
+    cluster: &Cluster,
+    sandbox: SandboxId,
+    open: &StreamOpen,
+    anew: bool,
+) -> Result<(LinkStream, Lease), DaemonFailure> {
+    let target = Target::Sandbox(sandbox);
+    if anew {
+        cluster.tickets.forget(target);
+    }
+    let dialled = dial(cluster, target, open, anew).await?;
+    Ok((dialled.stream, dialled.lease))
+}
+
 async fn named(cluster: &Cluster, name: &str) -> Result<SandboxId, DaemonFailure> {
     let which = Some(get_sandbox_request::Which::Name(name.to_owned()));
     let request = GetSandboxRequest { which };
@@ -232,7 +247,7 @@ async fn say_open(
     let mut stream = stream.map_err(link_broke)?;
     let open = StreamOpen { ticket: ticket.signed.clone(), ..open.clone() };
     stream.writer.send_message(FrameKind::Open, &open).await.map_err(link_broke)?;
-    Ok(Dialled { stream, _lease: lease })
+    Ok(Dialled { stream, lease })
 }
 
 async fn write(dialled: &mut Dialled, bytes: &[u8]) -> Result<(), DaemonFailure> {

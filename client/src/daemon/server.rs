@@ -20,17 +20,22 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until, timeout};
 use towline_proto::frame::{Frame, FrameKind};
+use towline_proto::ids::SandboxId;
 use towline_proto::v1::daemon_answer::Answer;
 use towline_proto::v1::daemon_request::Request;
-use towline_proto::v1::{DaemonAnswer, DaemonLeaving, DaemonRequest, DaemonStatus};
+use towline_proto::v1::{
+    DaemonAnswer, DaemonLeaving, DaemonRequest, DaemonStatus, PortMapping, PublishedPort,
+    PublishedPorts,
+};
 use towline_streams::FrameReader;
 
 use super::VERSION;
 use super::client::{READY, TAKEN};
+use super::clusters::Clusters;
 use super::failure::DaemonFailure;
 use super::place::Place;
-use super::request::{self, Cluster};
-use crate::session::Sessions;
+use super::ports::{Mapping, Ports, Scope};
+use super::request;
 
 /// Gone so long after the last use.
 const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
@@ -38,8 +43,6 @@ const IDLE_MAX: Duration = Duration::from_secs(30 * 60);
 const REQUEST_MAX: Duration = Duration::from_secs(10);
 /// Connections at once.
 const CONNECTIONS_MAX: usize = 4096;
-/// Clusters at once; the oldest is forgotten first.
-const CLUSTERS_MAX: usize = 32;
 /// The log begins anew when it is longer.
 const LOG_MAX: u64 = 1 << 20;
 
@@ -90,10 +93,10 @@ fn bind(place: &Place) -> anyhow::Result<UnixListener> {
 }
 
 /// What all connections share.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Shared {
-    sessions: Sessions,
-    clusters: tokio::sync::Mutex<Vec<Arc<Cluster>>>,
+    clusters: Arc<Clusters>,
+    ports: Arc<Ports>,
     streams: AtomicU32,
 }
 
@@ -112,7 +115,11 @@ async fn serve(
     lock: fs::File,
     signals: &mut [Signal],
 ) -> anyhow::Result<()> {
-    let shared = Arc::new(Shared::default());
+    raise_files_limit();
+    let clusters = Arc::<Clusters>::default();
+    let ports = Ports::new(Arc::clone(&clusters), place.ports()?);
+    ports.take_up().await;
+    let shared = Arc::new(Shared { clusters, ports, streams: AtomicU32::new(0) });
     let (leave, mut leaving) = mpsc::channel(16);
     let mut connections = JoinSet::new();
     let mut idle_at = Instant::now() + IDLE_MAX;
@@ -136,27 +143,34 @@ async fn serve(
             Some(_) = connections.join_next(), if !connections.is_empty() => {
                 idle_at = Instant::now() + IDLE_MAX;
             }
-            () = sleep_until(idle_at), if connections.is_empty() => break Leave::WhenIdle,
+            () = sleep_until(idle_at), if connections.is_empty() => {
+                if !shared.ports.are_in_use().await {
+                    break Leave::WhenIdle;
+                }
+                idle_at = Instant::now() + IDLE_MAX;
+            }
             Some(why) = leaving.recv() => break why,
             () = any(signals) => break Leave::Now,
         }
     };
     drop(listener);
+    shared.ports.leave().await;
     let _ = fs::remove_file(place.socket());
     drop(lock);
     drop(leaving); // whoever waits to be told that name and lock are free
     tracing::info!(?why, streams = shared.streams.load(Ordering::Relaxed), "daemon leaves");
     if why == Leave::WhenIdle {
-        let ended = async { while connections.join_next().await.is_some() {} };
+        let ended = async {
+            while connections.join_next().await.is_some() {}
+            shared.ports.drained().await;
+        };
         tokio::select! {
             () = ended => {}
             () = any(signals) => {}
         }
     }
     connections.shutdown().await;
-    for cluster in shared.clusters.lock().await.iter() {
-        cluster.links.close().await;
-    }
+    shared.clusters.close().await;
     Ok(())
 }
 
@@ -209,11 +223,28 @@ async fn connection(stream: UnixStream, shared: Arc<Shared>, leave: mpsc::Sender
             // The client waits for the end of this connection, which comes with the daemon's.
             tokio::time::sleep(REQUEST_MAX).await;
         }
-        Request::Open(_) if version != VERSION => {
+        _ if version != VERSION => {
             tracing::info!(wanted = version, "another version is wanted");
             let _ = leave.send(Leave::WhenIdle).await;
             leave.closed().await; // the name and the lock are given up
             answer(&mut stream, Answer::Leaving(DaemonLeaving {})).await;
+        }
+        Request::Publish(publish) => {
+            let scope = shared.scope(config, &context, &publish.sandbox_id).await;
+            let (name, leased) = (&publish.sandbox_name, publish.leased);
+            self::publish(&shared, &mut stream, scope, name, &publish.ports, leased).await;
+        }
+        Request::Unpublish(unpublish) => {
+            let ports = async {
+                let scope = shared.scope(config, &context, &unpublish.sandbox_id).await?;
+                shared.ports.unpublish(&scope, &mappings(&unpublish.ports)?).await
+            };
+            let ports = ports.await;
+            answer_ports(&mut stream, ports).await;
+        }
+        Request::ListPorts(list) => {
+            let ports = shared.list_ports(config, &context, &list.sandbox_id).await;
+            answer_ports(&mut stream, ports).await;
         }
         Request::Open(open) => {
             shared.streams.fetch_add(1, Ordering::Relaxed);
@@ -221,7 +252,8 @@ async fn connection(stream: UnixStream, shared: Arc<Shared>, leave: mpsc::Sender
             // Never entered: links and channels that are made on the way would keep it alive.
             let span = tracing::info_span!("stream", context, sandbox = open.sandbox_name);
             let serve = async {
-                let cluster = shared.cluster(config, &context).await?;
+                let config = request::config_path(config)?;
+                let cluster = shared.clusters.get(&config, &context).await?;
                 request::serve(&cluster, &mut stream, open, early).await
             };
             let opened = serve.await;
@@ -232,6 +264,52 @@ async fn connection(stream: UnixStream, shared: Arc<Shared>, leave: mpsc::Sender
             }
         }
     }
+}
+
+/// Publishes ports; a lease lasts as long as the client's connection.
+async fn publish(
+    shared: &Shared,
+    stream: &mut UnixStream,
+    scope: Result<Scope, DaemonFailure>,
+    name: &str,
+    wire: &[PortMapping],
+    leased: bool,
+) {
+    let published = async {
+        let (scope, wanted) = (scope?, mappings(wire)?);
+        let ports = shared.ports.publish(&scope, name, &wanted, leased).await?;
+        Ok((scope, wanted, ports))
+    };
+    let (scope, wanted, ports) = match published.await {
+        Ok(published) => published,
+        Err(failure) => return answer_ports(stream, Err(failure)).await,
+    };
+    answer_ports(stream, Ok(ports)).await;
+    if leased {
+        // The client says nothing more: what can be read is its end.
+        let mut nothing = [0];
+        let _ = tokio::io::AsyncReadExt::read(stream, &mut nothing).await;
+        shared.ports.release(&scope, &wanted).await;
+    }
+}
+
+fn mappings(wire: &[PortMapping]) -> Result<Vec<Mapping>, DaemonFailure> {
+    wire.iter().map(Mapping::parse).collect()
+}
+
+async fn answer_ports(stream: &mut UnixStream, ports: Result<Vec<PublishedPort>, DaemonFailure>) {
+    let said = match ports {
+        Ok(ports) => Answer::Ports(PublishedPorts { ports }),
+        Err(failure) => Answer::Error(failure.into()),
+    };
+    answer(stream, said).await;
+}
+
+/// Each forwarded connection is a descriptor: as many as the system allows.
+fn raise_files_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
 }
 
 /// Counts a stream until it ends, however it ends.
@@ -252,31 +330,48 @@ async fn answer(stream: &mut UnixStream, answer: Answer) {
 }
 
 impl Shared {
-    async fn cluster(&self, config: Vec<u8>, context: &str) -> Result<Arc<Cluster>, DaemonFailure> {
+    /// Whose ports are meant.
+    async fn scope(
+        &self,
+        config: Vec<u8>,
+        context: &str,
+        sandbox: &[u8],
+    ) -> Result<Scope, DaemonFailure> {
+        let sandbox = SandboxId::try_from(sandbox)
+            .map_err(|error| DaemonFailure::invalid(error.to_string()))?;
         let config = request::config_path(config)?;
-        let session = self.sessions.get(&config, context).await?;
-        let mut clusters = self.clusters.lock().await;
-        if let Some(cluster) = clusters.iter().find(|c| Arc::ptr_eq(&c.session, &session)) {
-            return Ok(Arc::clone(cluster));
-        }
-        // A session that was replaced is not found again: its streams keep what they need of it.
-        clusters.retain(|c| c.session.context() != session.context());
-        if clusters.len() >= CLUSTERS_MAX {
-            clusters.remove(0);
-        }
-        let cluster = Arc::new(Cluster::new(session)?);
-        clusters.push(Arc::clone(&cluster));
-        Ok(cluster)
+        // The current context may be another one tomorrow: its name counts.
+        let cluster = self.clusters.get(&config, context).await?;
+        Ok(Scope { config, context: cluster.session.name().to_owned(), sandbox })
+    }
+
+    async fn list_ports(
+        &self,
+        config: Vec<u8>,
+        context: &str,
+        sandbox: &[u8],
+    ) -> Result<Vec<PublishedPort>, DaemonFailure> {
+        let sandbox = match sandbox.is_empty() {
+            true => None,
+            false => Some(
+                SandboxId::try_from(sandbox)
+                    .map_err(|error| DaemonFailure::invalid(error.to_string()))?,
+            ),
+        };
+        let config = request::config_path(config)?;
+        let cluster = self.clusters.get(&config, context).await?;
+        Ok(self.ports.list(&config, cluster.session.name(), sandbox).await)
     }
 
     async fn status(&self) -> DaemonStatus {
-        let clusters = self.clusters.lock().await;
-        let links: usize = clusters.iter().map(|c| c.links.count()).sum();
+        let links = self.clusters.links().await;
+        let ports = self.ports.count().await;
         DaemonStatus {
             pid: std::process::id(),
             version: VERSION.into(),
             links: u32::try_from(links).unwrap_or(u32::MAX),
             streams: self.streams.load(Ordering::Relaxed),
+            ports: u32::try_from(ports).unwrap_or(u32::MAX),
         }
     }
 }

@@ -48,6 +48,13 @@ pub fn sandbox(sandbox: &v1::Sandbox) -> Value {
     })
 }
 
+/// Returns a sandbox with the ports that were published with it.
+pub fn sandbox_with_ports(sandbox: &v1::Sandbox, ports: &[v1::PublishedPort]) -> Value {
+    let mut object = self::sandbox(sandbox);
+    object["ports"] = ports.iter().map(crate::ports::object).collect();
+    object
+}
+
 /// Returns a node as `tow node ls --json` prints it.
 pub fn node(node: &v1::Node) -> Value {
     let capacity = |capacity: Option<v1::Capacity>| {

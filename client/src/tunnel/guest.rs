@@ -71,8 +71,12 @@ impl<'a> Guest<'a> {
 
     /// Opens a stream of any kind.
     pub async fn open(&self, kind: Kind) -> Result<OpenedStream, OpenError> {
-        let open = Some(v1::StreamOpen { ticket: Vec::new(), kind: Some(kind) });
-        self.daemon.open(v1::OpenSandboxStream { open, ..self.sandbox.clone() }).await
+        open(&self.daemon, &self.sandbox, kind).await
+    }
+
+    /// What opens streams to the same sandbox for a task of its own.
+    pub fn opener(&self) -> Opener {
+        Opener { daemon: self.daemon.clone(), sandbox: self.sandbox.clone() }
     }
 
     async fn cluster(&self) -> anyhow::Result<&Cluster> {
@@ -117,6 +121,29 @@ impl<'a> Guest<'a> {
         let told = news.is_empty() || news == sandbox::reason(before);
         (!told && sandbox::phase(&now) == Phase::Running).then_some(news)
     }
+}
+
+/// Opens streams to one sandbox.
+#[derive(Debug, Clone)]
+pub struct Opener {
+    daemon: DaemonClient,
+    sandbox: v1::OpenSandboxStream,
+}
+
+impl Opener {
+    /// Opens a stream of any kind.
+    pub async fn open(&self, kind: Kind) -> Result<OpenedStream, OpenError> {
+        open(&self.daemon, &self.sandbox, kind).await
+    }
+}
+
+async fn open(
+    daemon: &DaemonClient,
+    sandbox: &v1::OpenSandboxStream,
+    kind: Kind,
+) -> Result<OpenedStream, OpenError> {
+    let open = Some(v1::StreamOpen { ticket: Vec::new(), kind: Some(kind) });
+    daemon.open(v1::OpenSandboxStream { open, ..sandbox.clone() }).await
 }
 
 impl Dialer for Guest<'_> {

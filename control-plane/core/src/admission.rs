@@ -15,6 +15,8 @@ const DISK_MIB: std::ops::RangeInclusive<u64> = 256..=(64 << 20);
 const PROCESSES: std::ops::RangeInclusive<u32> = 32..=4_000_000;
 /// Longest path in a spec.
 const PATH_MAX: usize = 4096;
+/// Longest name or address of a git identity.
+const GIT_TEXT_MAX: usize = 256;
 /// Longest image name, user name or policy.
 const TEXT_MAX: usize = 512;
 /// Most groups of a user, as Linux bounds them.
@@ -50,6 +52,7 @@ pub(crate) fn check_spec(spec: &mut SandboxSpec) -> Result<Want, Refusal> {
     check_places(spec)?;
     check_env(&spec.env)?;
     check_timeout(spec.timeout_s)?;
+    check_git(spec.git.as_ref())?;
     Ok(Want { shape, isolation, local_image })
 }
 
@@ -141,6 +144,20 @@ fn check_path(what: &str, path: &[u8]) -> Result<(), Refusal> {
         return Ok(());
     }
     Err(Refusal::invalid(format!("{what} must be an absolute path of at most {PATH_MAX} bytes")))
+}
+
+/// Both go into a configuration file, a line each.
+fn check_git(git: Option<&v1::GitIdentity>) -> Result<(), Refusal> {
+    let texts = git.into_iter().flat_map(|git| [&git.name, &git.email]);
+    for text in texts {
+        if text.len() > GIT_TEXT_MAX || text.chars().any(char::is_control) {
+            return Err(Refusal::invalid(format!(
+                "the git identity's name and email have at most {GIT_TEXT_MAX} bytes and no \
+                 control characters; see `git config user.name` and `git config user.email`"
+            )));
+        }
+    }
+    Ok(())
 }
 
 fn check_env(env: &[Vec<u8>]) -> Result<(), Refusal> {

@@ -43,6 +43,7 @@ pub async fn configure(
         machine_id: configure.machine_id.clone(),
         folder: configure.folder.clone(),
         cwd: configure.cwd.clone(),
+        git: configure.git.clone(),
     };
     // Touches the lower file system, which a local image serves through this very runtime.
     let (mounted, spec) = blocking(move || root::mount_root(&spec).map(|mounted| (mounted, spec)))
@@ -62,13 +63,14 @@ pub async fn configure(
         let agents = blocking(move || root::bind_folder(&path, &owner))
             .await
             .map_err(|error| Refusal::io("cannot make the project folder", &error))?;
-        Some((agents, user))
+        Some((agents, user.clone()))
     };
     let cgroups = Cgroups::make_tree(Path::new("/sys/fs/cgroup"), limits(configure)?)
         .map_err(|error| Refusal::io("cannot set the workload's limits", &error))?;
     let workload =
         Workload::sandbox(Path::new(root::ROOT), Path::new(root::SPOOL), cgroups).await?;
-    Ok(Services { execs: ExecTable::new(workload, settings), folder })
+    let execs = ExecTable::new(workload, settings);
+    Ok(Services::new(execs, folder, user, root::ROOT.into()))
 }
 
 /// Runs on the blocking pool; a panic there is an error here.

@@ -29,7 +29,7 @@ impl RootFiles {
     }
 
     /// The whole file, or nothing if there is none that can be read safely.
-    fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+    pub(crate) fn read(&self, path: &str) -> io::Result<Vec<u8>> {
         let Some(root) = &self.0 else { return Ok(Vec::new()) };
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = match rustix::fs::openat2(

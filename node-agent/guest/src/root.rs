@@ -13,10 +13,11 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Uid};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use towline_proto::limits::PATH_DEPTH_MAX;
-use towline_proto::v1::User;
+use towline_proto::v1::{GitIdentity, User};
 
 use crate::boot::mount;
-use crate::fuse;
+use crate::credentials::RootFiles;
+use crate::{fuse, gitconfig};
 
 /// The workload's root, as the agent sees it.
 pub const ROOT: &str = "/run/towline/root";
@@ -48,6 +49,8 @@ pub struct RootSpec {
     pub folder: Vec<u8>,
     /// The image's working directory, made if it is missing.
     pub cwd: Vec<u8>,
+    /// For /etc/gitconfig; absent leaves the image's.
+    pub git: Option<GitIdentity>,
 }
 
 /// A mounted root.
@@ -210,11 +213,18 @@ fn write_names(root: &OwnedFd, spec: &RootSpec) -> io::Result<()> {
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
     );
     let resolv = "# This sandbox has no network (policy none).\n";
-    let mut files =
-        vec![("hostname", format!("{name}\n")), ("hosts", hosts), ("resolv.conf", resolv.into())];
+    let mut files = vec![
+        ("hostname", format!("{name}\n").into_bytes()),
+        ("hosts", hosts.into()),
+        ("resolv.conf", resolv.into()),
+    ];
     if spec.machine_id.len() == 16 {
         let id: String = spec.machine_id.iter().map(|byte| format!("{byte:02x}")).collect();
-        files.push(("machine-id", format!("{id}\n")));
+        files.push(("machine-id", format!("{id}\n").into_bytes()));
+    }
+    if let Some(git) = &spec.git {
+        let image = RootFiles::beneath(root.try_clone()?).read("etc/gitconfig")?;
+        files.push(("gitconfig", gitconfig::with_identity(git, &image)));
     }
     make_folders(root, b"/etc", None)?;
     let etc = open_beneath(root, b"etc", OFlags::PATH | OFlags::DIRECTORY)?;

@@ -2,18 +2,20 @@
 //!
 //! A stream that says nothing, or something else than OPEN, costs a bounded time and one frame.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use towline_proto::frame::{Frame, FrameKind};
-use towline_proto::v1::{StreamErrorCode, StreamOpen, User, stream_open::Kind};
+use towline_proto::v1::{PortList, StreamErrorCode, StreamOpen, User, stream_open::Kind};
 use towline_streams::{FrameReader, FrameWriter};
 
 use crate::exec::{self, ExecTable};
-use crate::files;
+use crate::forward::{self, Forwards};
 use crate::refusal::Refusal;
+use crate::tcp::{self, TcpTable};
+use crate::{files, listening};
 
 /// How long a stream may take to say what it is.
 const OPEN_MAX: Duration = Duration::from_secs(30);
@@ -25,6 +27,28 @@ pub struct Services {
     pub execs: Arc<ExecTable>,
     /// The project folder as the agent sees it, and whose it is.
     pub folder: Option<(PathBuf, User)>,
+    /// The sandbox's user.
+    pub user: User,
+    /// The workload's root as the agent sees it.
+    pub root: PathBuf,
+    /// Connections that the laptop forwards.
+    pub tcp: Arc<TcpTable>,
+    /// Listeners whose connections the laptop takes.
+    pub forwards: Arc<Forwards>,
+}
+
+impl Services {
+    /// What a guest offers whose root is mounted at `root`.
+    pub fn new(
+        execs: Arc<ExecTable>,
+        folder: Option<(PathBuf, User)>,
+        user: User,
+        root: PathBuf,
+    ) -> Self {
+        let forwards = Arc::<Forwards>::default();
+        let tcp = TcpTable::new(Arc::clone(&forwards));
+        Self { execs, folder, user, root, tcp, forwards }
+    }
 }
 
 /// Serves one stream of a client.
@@ -52,6 +76,17 @@ where
             let list = services.execs.list();
             return answer(&mut writer, &Frame::message(FrameKind::ExecList, &list)).await;
         }
+        Ok(Kind::Tcp(open)) => return tcp::serve(&services.tcp, open, reader, writer).await,
+        Ok(Kind::Forward(open)) => {
+            let (run, user) = (services.root.join("run"), &services.user);
+            return forward::serve(&services.forwards, open, &run, user, reader, writer).await;
+        }
+        Ok(Kind::PortList(_)) => match tokio::task::spawn_blocking(listen_table).await {
+            Ok(list) => {
+                return answer(&mut writer, &Frame::message(FrameKind::PortList, &list)).await;
+            }
+            Err(_) => Refusal::new(StreamErrorCode::Internal, "the ports could not be listed"),
+        },
         Ok(
             Kind::Control(_)
             | Kind::Fuse(_)
@@ -60,14 +95,15 @@ where
             | Kind::Egress(_)
             | Kind::Lookup(_)
             | Kind::Feed(_)
-            | Kind::Tcp(_)
-            | Kind::PortList(_)
-            | Kind::Forward(_)
             | Kind::Copy(_),
         ) => Refusal::new(StreamErrorCode::Unsupported, "the guest does not serve this stream"),
         Err(refusal) => refusal,
     };
     answer(&mut writer, &Frame::message(FrameKind::Error, &refusal.to_message())).await;
+}
+
+fn listen_table() -> PortList {
+    listening::list(Path::new("/proc"))
 }
 
 async fn read_open<R: AsyncRead + Unpin>(reader: &mut FrameReader<R>) -> Result<Kind, Refusal> {

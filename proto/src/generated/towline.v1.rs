@@ -1473,7 +1473,7 @@ impl EgressProtocol {
         }
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DaemonRequest {
     /// The client's version: a daemon of another version is asked to leave and replaced.
     #[prost(string, tag = "1")]
@@ -1484,12 +1484,12 @@ pub struct DaemonRequest {
     /// The configuration file that the context is in, an absolute path.
     #[prost(bytes = "vec", tag = "6")]
     pub config: ::prost::alloc::vec::Vec<u8>,
-    #[prost(oneof = "daemon_request::Request", tags = "3, 4, 5")]
+    #[prost(oneof = "daemon_request::Request", tags = "3, 4, 5, 7, 8, 9")]
     pub request: ::core::option::Option<daemon_request::Request>,
 }
 /// Nested message and enum types in `DaemonRequest`.
 pub mod daemon_request {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Request {
         #[prost(message, tag = "3")]
         Open(super::OpenSandboxStream),
@@ -1497,6 +1497,12 @@ pub mod daemon_request {
         Status(super::DaemonStatusRequest),
         #[prost(message, tag = "5")]
         Shutdown(super::DaemonShutdown),
+        #[prost(message, tag = "7")]
+        Publish(super::PublishPorts),
+        #[prost(message, tag = "8")]
+        Unpublish(super::UnpublishPorts),
+        #[prost(message, tag = "9")]
+        ListPorts(super::ListPorts),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1513,18 +1519,85 @@ pub struct OpenSandboxStream {
     #[prost(message, optional, tag = "4")]
     pub open: ::core::option::Option<StreamOpen>,
 }
+/// Where on the laptop a port of a sandbox is to be found.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PortMapping {
+    /// 4 or 16 bytes; empty: both loopbacks.
+    #[prost(bytes = "vec", tag = "1")]
+    pub host: ::prost::alloc::vec::Vec<u8>,
+    /// 0: any that is free.
+    #[prost(uint32, tag = "2")]
+    pub host_port: u32,
+    #[prost(uint32, tag = "3")]
+    pub port: u32,
+}
+/// Answered by what is published of this sandbox then. Doing it again is harmless.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PublishPorts {
+    #[prost(bytes = "vec", tag = "1")]
+    pub sandbox_id: ::prost::alloc::vec::Vec<u8>,
+    /// For showing.
+    #[prost(string, tag = "2")]
+    pub sandbox_name: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "3")]
+    pub ports: ::prost::alloc::vec::Vec<PortMapping>,
+    /// Only for as long as this connection; else until they are unpublished or the sandbox is removed.
+    #[prost(bool, tag = "4")]
+    pub leased: bool,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct UnpublishPorts {
+    #[prost(bytes = "vec", tag = "1")]
+    pub sandbox_id: ::prost::alloc::vec::Vec<u8>,
+    /// With a host_port of 0 all of that port; empty: all of the sandbox.
+    #[prost(message, repeated, tag = "2")]
+    pub ports: ::prost::alloc::vec::Vec<PortMapping>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ListPorts {
+    /// Empty: of all sandboxes of the context.
+    #[prost(bytes = "vec", tag = "1")]
+    pub sandbox_id: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct PublishedPorts {
+    #[prost(message, repeated, tag = "1")]
+    pub ports: ::prost::alloc::vec::Vec<PublishedPort>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PublishedPort {
+    #[prost(bytes = "vec", tag = "1")]
+    pub sandbox_id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "2")]
+    pub sandbox_name: ::prost::alloc::string::String,
+    /// As asked for.
+    #[prost(message, optional, tag = "3")]
+    pub asked: ::core::option::Option<PortMapping>,
+    /// `host:port`, where it really listens.
+    #[prost(string, repeated, tag = "4")]
+    pub addresses: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(uint32, tag = "5")]
+    pub host_port: u32,
+    #[prost(uint32, tag = "6")]
+    pub connections: u32,
+    /// Why it is not where it was asked for.
+    #[prost(string, tag = "7")]
+    pub problem: ::prost::alloc::string::String,
+    #[prost(bool, tag = "8")]
+    pub leased: bool,
+}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DaemonStatusRequest {}
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DaemonShutdown {}
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DaemonAnswer {
-    #[prost(oneof = "daemon_answer::Answer", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "daemon_answer::Answer", tags = "1, 2, 3, 4, 5")]
     pub answer: ::core::option::Option<daemon_answer::Answer>,
 }
 /// Nested message and enum types in `DaemonAnswer`.
 pub mod daemon_answer {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Answer {
         #[prost(message, tag = "1")]
         Opened(super::StreamOpened),
@@ -1534,6 +1607,8 @@ pub mod daemon_answer {
         Error(super::DaemonError),
         #[prost(message, tag = "4")]
         Leaving(super::DaemonLeaving),
+        #[prost(message, tag = "5")]
+        Ports(super::PublishedPorts),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1551,6 +1626,8 @@ pub struct DaemonStatus {
     pub links: u32,
     #[prost(uint32, tag = "4")]
     pub streams: u32,
+    #[prost(uint32, tag = "5")]
+    pub ports: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct DaemonError {

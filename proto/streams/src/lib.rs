@@ -5,11 +5,13 @@
 
 mod framed;
 mod mux;
+mod pipe;
 mod port;
 mod splice;
 
 pub use framed::{FrameReader, FrameWriter};
 pub use mux::{GuestSession, GuestSessions, Incoming, MuxDriver, MuxHandle, MuxRecv, MuxSend};
+pub use pipe::{Attachment, Memory, Over, Pipe, Socket};
 pub use port::Port;
 pub use splice::splice;
 pub use towline_proto::mux::preamble::{Marker, Nonce};
