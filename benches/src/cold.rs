@@ -37,7 +37,7 @@ pub(crate) fn measure(cluster: &Cluster, runs: usize) -> anyhow::Result<Vec<Row>
     }])
 }
 
-fn import(cluster: &Cluster) -> anyhow::Result<()> {
+pub(crate) fn import(cluster: &Cluster) -> anyhow::Result<()> {
     let busybox = std::fs::read("/bin/busybox").context("busybox-static is needed")?;
     let file = |path| File { path, mode: 0o755, content: &busybox[..] };
     let base = layer(&[file("bin/echo"), file("bin/sh"), file("bin/wc"), file("bin/true")]);

@@ -11,6 +11,7 @@ mod machine;
 mod peer;
 mod stats;
 mod throughput;
+mod warm;
 
 use std::path::PathBuf;
 
@@ -30,6 +31,9 @@ struct Args {
     /// Cold starts
     #[arg(long, default_value_t = 9)]
     cold_runs: usize,
+    /// Warm starts and cold ones, alternating
+    #[arg(long, default_value_t = 15)]
+    warm_runs: usize,
     /// Write the table into docs/performance.md
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     write: bool,
@@ -48,9 +52,12 @@ struct Row {
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let bin_dir = args.bin_dir.canonicalize().context("the folder of the binaries")?;
+    // Every start is a boot here, and in the other cluster none that can be avoided.
     let cluster = Cluster::prepare_in(&bin_dir).map_err(anyhow::Error::msg)?;
+    let cluster = cluster.with("TOWLINE_WARM", "off");
     let rows = [
         cold::measure(&cluster, args.cold_runs)?,
+        warm::measure(&cluster, &bin_dir, args.warm_runs)?,
         exec::measure(&cluster, args.exec_runs)?,
         throughput::measure(&cluster)?,
         idle::measure(&cluster)?,

@@ -28,6 +28,8 @@ pub const TOWLINE_IMAGE: &str = "TOWLINE_IMAGE";
 pub const TOWLINE_NO_PROGRESS: &str = "TOWLINE_NO_PROGRESS";
 /// `auto`, `kvm` or `tcg`: how the embedded node runs its microVMs.
 pub const TOWLINE_ACCEL: &str = "TOWLINE_ACCEL";
+/// `off`: the embedded node boots each sandbox instead of starting from a saved guest.
+pub const TOWLINE_WARM: &str = "TOWLINE_WARM";
 /// The static guest agent, instead of the file beside `tow`.
 pub const TOWLINE_GUEST_AGENT: &str = "TOWLINE_GUEST_AGENT";
 /// Hides colour when set and not empty (no-color.org).

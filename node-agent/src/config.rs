@@ -31,6 +31,7 @@ const KEYS: &[&str] = &[
     "disk_mib",
     "accel",
     "guest_console",
+    "warm",
 ];
 
 /// Says why a configuration cannot be used.
@@ -104,6 +105,8 @@ pub struct Config {
     pub accel: AccelChoice,
     /// Keeps each guest's console in a file, for debugging.
     pub guest_console: bool,
+    /// Keeps guests that have booted as templates, and starts from them (the default).
+    pub warm: bool,
 }
 
 #[derive(Deserialize)]
@@ -125,6 +128,7 @@ struct File {
     accel: Option<String>,
     #[serde(default)]
     guest_console: bool,
+    warm: Option<bool>,
 }
 
 impl Config {
@@ -177,6 +181,7 @@ impl Config {
                 }
             },
             guest_console: file.guest_console,
+            warm: file.warm.unwrap_or(true),
         })
     }
 }

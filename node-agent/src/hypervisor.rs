@@ -6,6 +6,7 @@
 pub mod confine;
 mod processes;
 pub mod qemu;
+mod qmp;
 pub mod tsc;
 mod vm;
 
@@ -34,12 +35,46 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// guest's hello.
     fn boot<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>>;
 
+    /// Starts a VM from the template of its shape: a guest that was saved when it had said hello and
+    /// knew nothing yet of image, identity or disks. `None` where there is no template (yet). It may
+    /// fail in any way that a start can; a start by `boot` is never worse.
+    fn restore<'a>(
+        &'a self,
+        _spec: &'a VmSpec,
+    ) -> BoxFuture<'a, Result<Option<Vm>, HypervisorError>> {
+        Box::pin(async { Ok(None) })
+    }
+
+    /// Makes the template of a shape, if it is not there. Takes longer than a boot, at the lowest
+    /// priority; leaves nothing behind when it fails or is given up.
+    fn make_template(&self, _shape: VmShape) -> BoxFuture<'_, Result<(), HypervisorError>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    /// Forgets a template from which a guest did not come up.
+    fn drop_template(&self, _shape: VmShape) {}
+
     /// The VM that runs in this directory, if one does, started by whichever node agent.
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError>;
 
     /// The VMs of this driver whose directory was beneath `folder` and has been removed.
     fn strays(&self, _folder: &Path) -> Vec<Vm> {
         Vec::new()
+    }
+}
+
+/// What a template fits: nothing else of a VM is known when it is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct VmShape {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory of the guest.
+    pub memory_mib: u64,
+}
+
+impl fmt::Display for VmShape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} CPUs, {} MiB", self.cpus, self.memory_mib)
     }
 }
 
@@ -143,6 +178,14 @@ pub enum HypervisorError {
         #[source]
         source: io::Error,
     },
+    /// A template could not be made.
+    #[error("could not make the template of {shape}: {problem}")]
+    Template {
+        /// For which shape.
+        shape: VmShape,
+        /// Why not.
+        problem: String,
+    },
     /// Anything else about files and processes.
     #[error("could not {action} `{path}`")]
     Io {
@@ -163,6 +206,11 @@ impl HypervisorError {
 }
 
 impl VmSpec {
+    /// Its shape.
+    pub fn shape(&self) -> VmShape {
+        VmShape { cpus: self.cpus, memory_mib: self.memory_mib }
+    }
+
     /// Refuses what no driver can start.
     pub fn check(&self) -> Result<(), HypervisorError> {
         let refuse = |problem: String| Err(HypervisorError::Spec(problem));

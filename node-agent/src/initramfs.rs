@@ -185,6 +185,7 @@ mod tests {
             vmlinux: dir.join("vmlinux"),
             modules: dir.to_owned(),
             module_order: vec!["a.ko".into()],
+            modules_disk: None,
         }
     }
 

@@ -6,6 +6,7 @@
 
 mod bzimage;
 mod modules;
+mod modules_disk;
 mod package;
 
 use std::fs::{self, File};
@@ -16,7 +17,9 @@ use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
 /// Changes when what is kept of a package changes, so that older caches are not mistaken for it.
-const LAYOUT: &str = "v1";
+const LAYOUT: &str = "v2";
+/// The disk of all modules.
+const MODULES_DISK: &str = "modules.squashfs";
 
 /// A guest kernel that is ready to be booted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,6 +34,16 @@ pub struct Kernel {
     pub modules: PathBuf,
     /// The module files in the order of loading.
     pub module_order: Vec<String>,
+    /// All of its modules as a disk for guests, where it could be made.
+    pub modules_disk: Option<PathBuf>,
+}
+
+impl Kernel {
+    /// Whether the guest agent loads this module; else it is built in.
+    pub fn has_module(&self, name: &str) -> bool {
+        let name_of = |file: &String| file.trim_end_matches(".ko").replace('-', "_");
+        self.module_order.iter().any(|file| name_of(file) == name)
+    }
 }
 
 /// Says why there is no guest kernel.
@@ -106,12 +119,14 @@ fn open(dir: &Path, digest: &str) -> io::Result<Kernel> {
     let order = fs::read_to_string(dir.join("modules/order"))?;
     let vmlinux = dir.join("vmlinux");
     fs::metadata(&vmlinux)?;
+    let modules_disk = dir.join(MODULES_DISK);
     Ok(Kernel {
         digest: digest.to_owned(),
         release,
         vmlinux,
         modules: dir.join("modules"),
         module_order: order.lines().map(str::to_owned).collect(),
+        modules_disk: modules_disk.exists().then_some(modules_disk),
     })
 }
 
@@ -139,6 +154,9 @@ fn install(
     let order = modules::select(&tree, &modules).map_err(|problem| bad_package(deb, problem))?;
     write_synced(&modules.join("order"), order.join("\n").as_bytes())?;
     write_synced(&done.join("vmlinux"), &vmlinux)?;
+    if let Err(error) = modules_disk::make(&tree, &done.join(MODULES_DISK)) {
+        progress(&format!("guests will have no /lib/modules: {error}"));
+    }
     write_synced(&done.join("release"), release.as_bytes())?;
     let name = format!("{digest}-{LAYOUT}");
     let place = kernels.join(&name);

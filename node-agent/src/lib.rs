@@ -30,9 +30,11 @@ pub mod membership;
 pub mod memory;
 pub mod store;
 mod streams;
+mod templates;
 pub mod tunnel;
 pub mod uplink;
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -108,6 +110,7 @@ pub async fn run(
     let (images, gates, guests) = (Arc::new(images), Arc::default(), Arc::new(Guests::default()));
     let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
     let tunnel = Tunnel::new(Arc::clone(&gates), Arc::clone(&guests), Arc::clone(&images));
+    let (wishes, wanted) = templates::wishes();
     let machine = Arc::new(Machine {
         store: Arc::clone(&store),
         images,
@@ -116,6 +119,8 @@ pub async fn run(
         inputs: inputs.clone(),
         cache_dir: config.cache_dir.clone(),
         console: config.guest_console,
+        warm: config.warm,
+        templates: wishes,
         vms: Mutex::default(),
     });
     let (reports, outgoing) = uplink::channel();
@@ -165,9 +170,16 @@ pub async fn run(
         }
         anyhow::Ok(())
     };
+    let templates = async {
+        if config.warm {
+            templates::make_forever(hypervisor.as_ref(), wanted).await;
+        }
+        std::future::pending::<Infallible>().await
+    };
     tokio::select! {
         result = driver.run(waiting, stop) => result,
         result = outside => result.context("taking part in the cluster"),
+        never = templates => match never {},
     }
 }
 

@@ -30,9 +30,13 @@ use crate::hypervisor::{Hypervisor, Vm, VmSpec};
 use crate::images::{Image, Images, lasting};
 use crate::store::{State, Store};
 use crate::streams;
+use crate::templates::Wishes;
 
 /// From spawn to hello: shorter than the core's bound, so that the reason is the exact one.
 const HELLO_MAX: Duration = Duration::from_secs(150);
+/// From spawn to hello of a restored guest: it takes a fraction of a second, and where it does not,
+/// booting is better.
+const WARM_HELLO_MAX: Duration = Duration::from_secs(15);
 /// Disks and mounts inside the guest.
 const CONFIGURE_MAX: Duration = Duration::from_secs(60);
 /// A busy guest of a restarted node agent: shorter than the core's bound, as above.
@@ -62,9 +66,33 @@ pub struct Machine {
     pub cache_dir: std::path::PathBuf,
     /// Keep consoles.
     pub console: bool,
+    /// Start from templates where there are some.
+    pub warm: bool,
+    /// Has the missing ones made.
+    pub templates: Wishes,
     /// VMs that were started here, from the moment that they live: they are reaped with their last
     /// handle.
     pub vms: Mutex<BTreeMap<SandboxId, Arc<Vm>>>,
+}
+
+/// How a VM came to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum StartedBy {
+    Boot,
+    Template,
+    /// An earlier node agent started it, and nobody knows how.
+    Earlier,
+}
+
+impl StartedBy {
+    /// As `Observed.start` says it.
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Boot => "cold",
+            Self::Template => "warm",
+            Self::Earlier => "",
+        }
+    }
 }
 
 impl Machine {
@@ -169,14 +197,14 @@ impl Machine {
         self.started(sandbox, run, result).await;
     }
 
-    async fn started(&self, sandbox: SandboxId, run: Run, result: Result<(), Failure>) {
+    async fn started(&self, sandbox: SandboxId, run: Run, result: Result<StartedBy, Failure>) {
         let capabilities = self.hypervisor.capabilities();
         let input = match result {
-            Ok(()) => {
-                tracing::info!(%sandbox, run, "vm started");
+            Ok(by) => {
+                tracing::info!(%sandbox, run, by = by.as_str(), "vm started");
                 let driver = capabilities.driver.to_owned();
                 let isolation = capabilities.isolation().to_owned();
-                Input::VmStarted { sandbox, run, driver, isolation }
+                Input::VmStarted { sandbox, run, driver, isolation, start: by.as_str().into() }
             }
             Err(failure) => {
                 tracing::warn!(%sandbox, run, reason = failure.reason, "vm failed");
@@ -186,20 +214,58 @@ impl Machine {
         self.tell(input).await;
     }
 
-    async fn start_vm(self: &Arc<Self>, run: Run, assignment: &Assignment) -> Result<(), Failure> {
+    async fn start_vm(
+        self: &Arc<Self>,
+        run: Run,
+        assignment: &Assignment,
+    ) -> Result<StartedBy, Failure> {
         let secret = random::<32>().map_err(|error| transient(&error))?;
         let (image, spec) = self.spec(assignment, Some(secret)).await?;
+        let take_up = async |vm, bound| {
+            let vm = self.started_vm(assignment.sandbox, vm);
+            let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
+            self.take_up(attendance, assignment, Some(&image), bound).await
+        };
+        if let Some(vm) = self.restore(&spec).await {
+            match take_up(vm, WARM_HELLO_MAX).await {
+                Ok(()) => return Ok(StartedBy::Template),
+                Err(Failure { reason, .. }) => self.not_warm(assignment.sandbox, &spec, &reason),
+            }
+        }
         let vm = self.hypervisor.boot(&spec).await.map_err(|error| transient(&error))?;
-        let vm = Arc::new(vm);
-        self.vms
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(assignment.sandbox, Arc::clone(&vm));
-        let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
-        self.take_up(attendance, assignment, Some(image), HELLO_MAX).await
+        take_up(vm, HELLO_MAX).await?;
+        self.templates.wish_for(spec.shape());
+        Ok(StartedBy::Boot)
     }
 
-    async fn adopt_vm(self: &Arc<Self>, run: Run, assignment: &Assignment) -> Result<(), Failure> {
+    /// A VM from the template of its shape, if there is one that can be used.
+    async fn restore(&self, spec: &VmSpec) -> Option<Vm> {
+        if !self.warm {
+            return None;
+        }
+        self.hypervisor.restore(spec).await.unwrap_or_else(|error| {
+            tracing::warn!(reason = crate::chain(&error), "template not used");
+            None
+        })
+    }
+
+    /// Nothing of the restored VM lives. What it failed at may be the template's fault.
+    fn not_warm(&self, sandbox: SandboxId, spec: &VmSpec, reason: &str) {
+        tracing::warn!(%sandbox, reason, "restored guest does not come up, it is booted instead");
+        self.hypervisor.drop_template(spec.shape());
+    }
+
+    fn started_vm(&self, sandbox: SandboxId, vm: Vm) -> Arc<Vm> {
+        let vm = Arc::new(vm);
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(sandbox, Arc::clone(&vm));
+        vm
+    }
+
+    async fn adopt_vm(
+        self: &Arc<Self>,
+        run: Run,
+        assignment: &Assignment,
+    ) -> Result<StartedBy, Failure> {
         let dir = self.store.sandbox(assignment.sandbox);
         let found = self.hypervisor.adopt(&dir.vm()).map_err(|error| transient(&error))?;
         let Some(vm) = found.map(Arc::new) else {
@@ -219,7 +285,8 @@ impl Machine {
             }
         };
         let attendance = self.attendance(run, assignment, &vm, secret, image.as_ref());
-        self.take_up(attendance, assignment, image, ADOPT_MAX).await
+        self.take_up(attendance, assignment, image.as_ref(), ADOPT_MAX).await?;
+        Ok(StartedBy::Earlier)
     }
 
     fn attendance(
@@ -280,7 +347,7 @@ impl Machine {
         &self,
         attendance: Attendance,
         assignment: &Assignment,
-        image: Option<Image>,
+        image: Option<&Image>,
         bound: Duration,
     ) -> Result<(), Failure> {
         let vm = Arc::clone(&attendance.vm);
@@ -295,7 +362,7 @@ impl Machine {
             );
             let mut opened = JoinSet::new();
             if !link.hello.configured {
-                let image = image.as_ref().ok_or_else(|| lasting("it has no image".into()))?;
+                let image = image.ok_or_else(|| lasting("it has no image".into()))?;
                 let configure = guest_configure(assignment, image, attendance.secret)
                     .map_err(|error| transient(&error))?;
                 let configured = attendance.configure(&mut link, &configure, CONFIGURE_MAX);

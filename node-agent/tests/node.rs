@@ -5,9 +5,10 @@
 
 mod node_support;
 
-use node_support::{World, desired, sandbox};
+use node_support::{Template, WAIT_MAX, World, desired, sandbox};
 use towline_images::fixture::{Layer, Layout};
 use towline_link::stream::LinkStream;
+use towline_node_agent::hypervisor::VmShape;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
@@ -40,6 +41,32 @@ async fn wanted_running_stopped_and_gone() {
     assert!(!world.doubles.is_running(1));
     let left = std::fs::read_dir(world.data().join("sandboxes")).unwrap().count();
     assert_eq!(left, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_start_is_warm_where_a_template_works_and_cold_where_not() {
+    let Some(mut world) = World::new().await else { return };
+    *world.doubles.template.lock().unwrap() = Template::Broken;
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running)]);
+    let running = world.control.until(1, 1, Phase::Running).await;
+    assert_eq!(running.start, "cold");
+    let template = *world.doubles.template.lock().unwrap();
+    assert_eq!(template, Template::Missing, "what did not work is thrown away");
+    let shape = VmShape { cpus: 1, memory_mib: 128 };
+    let wished = async {
+        while !world.doubles.wished.lock().unwrap().contains(&shape) {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(WAIT_MAX, wished).await.expect("another one is made");
+
+    *world.doubles.template.lock().unwrap() = Template::Good;
+    world.control.want(vec![desired(1, 1, Desired::Running), desired(2, 1, Desired::Running)]);
+    let running = world.control.until(2, 1, Phase::Running).await;
+    assert_eq!(running.start, "warm");
+    assert_eq!(world.doubles.configured(1).hostname, "box-2");
+    assert_ne!(world.doubles.configured(0).entropy, world.doubles.configured(1).entropy);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

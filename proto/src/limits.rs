@@ -60,3 +60,9 @@ pub const NODE_LEASE: Duration = Duration::from_secs(10);
 
 /// How often a node says that it is alive.
 pub const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
+
+/// vCPUs of a sandbox that asked for none, on a node that has as many. A node keeps a template of
+/// this shape.
+pub const CPUS_DEFAULT: u32 = 4;
+/// Memory of a sandbox that asked for none.
+pub const MEMORY_DEFAULT_MIB: u64 = 2048;

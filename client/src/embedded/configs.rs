@@ -34,6 +34,7 @@ struct NodeConfig {
     link_listen: SocketAddr,
     embedded: bool,
     accel: String,
+    warm: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     guest_agent: Option<PathBuf>,
 }
@@ -53,6 +54,7 @@ pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
         link_listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
         embedded: true,
         accel: accel.map_or_else(|| "auto".into(), |accel| accel.to_string_lossy().into_owned()),
+        warm: env_vars::get(env_vars::TOWLINE_WARM).is_none_or(|value| value != "off"),
         guest_agent: env_vars::get(env_vars::TOWLINE_GUEST_AGENT).map(PathBuf::from),
     };
     store(layout.member_config(), &member)?;

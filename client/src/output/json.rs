@@ -28,6 +28,7 @@ pub fn sandbox(sandbox: &v1::Sandbox) -> Value {
         "node": id_text::<NodeId>(&sandbox.node_id),
         "driver": observed.driver,
         "isolation": isolation(&spec, &observed),
+        "start": observed.start,
         "image": image(&spec),
         "image_digest": observed.image_digest,
         "policy": spec.policy,
@@ -194,6 +195,7 @@ mod tests {
             phase: v1::Phase::Stopped.into(),
             driver: "qemu".into(),
             isolation: "vm (kvm)".into(),
+            start: "warm".into(),
             main_exit: Some(status),
             ..Default::default()
         };

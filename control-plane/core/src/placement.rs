@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use towline_proto::ids::NodeId;
+use towline_proto::limits;
 use towline_proto::v1::{self, Isolation, NodeState};
 
 use crate::refusal::{Refusal, RefusalKind};
@@ -12,9 +13,9 @@ use crate::resources::{Resources, Short, amount, fits};
 use crate::state::nodes::{Nodes, limits_of, reserved_of};
 
 /// vCPUs of a sandbox that asked for none, on a node that has as many.
-pub const DEFAULT_CPUS: u32 = 4;
+pub const DEFAULT_CPUS: u32 = limits::CPUS_DEFAULT;
 /// Memory of a sandbox that asked for none.
-pub const DEFAULT_MEMORY_MIB: u64 = 2048;
+pub const DEFAULT_MEMORY_MIB: u64 = limits::MEMORY_DEFAULT_MIB;
 /// Disk of a sandbox that asked for none.
 pub const DEFAULT_DISK_MIB: u64 = 20 * 1024;
 /// Processes of a sandbox that asked for none.

@@ -327,7 +327,9 @@ fn tell(sandbox: &mut Sandbox, input: Input, cx: &mut Context<'_>) {
         Input::PrepareFailed { failure, .. } | Input::VmFailed { failure, .. } => {
             sandbox.failed(failure, cx);
         }
-        Input::VmStarted { driver, isolation, .. } => sandbox.vm_started(driver, isolation, cx),
+        Input::VmStarted { driver, isolation, start, .. } => {
+            sandbox.vm_started(driver, isolation, start, cx);
+        }
         Input::ProbeAnswered { .. } => sandbox.probe_answered(cx),
         Input::ProbeFailed { reason, .. } => sandbox.probe_failed(&reason, cx),
         Input::GuestLost { reason, .. } => sandbox.guest_lost(reason, cx),

@@ -259,6 +259,8 @@ pub enum Input {
         driver: String,
         /// `vm (kvm)`, ….
         isolation: String,
+        /// `warm` or `cold`; empty when nobody knows.
+        start: String,
     },
     /// The VM could not be started or taken up. No process of this run lives.
     VmFailed {

@@ -136,6 +136,7 @@ pub(crate) struct Sandbox {
     note: String,
     driver: String,
     isolation: String,
+    start: String,
 }
 
 impl Sandbox {
@@ -153,6 +154,7 @@ impl Sandbox {
             note: String::new(),
             driver: String::new(),
             isolation: String::new(),
+            start: String::new(),
         }
     }
 
@@ -219,6 +221,7 @@ impl Sandbox {
             reason: reason.to_owned(),
             driver: self.driver.clone(),
             isolation: self.isolation.clone(),
+            start: self.start.clone(),
             image_digest: self.record.image_digest.clone(),
             main_exit: self.record.main_exit.clone(),
         })
@@ -401,13 +404,19 @@ impl Sandbox {
         }
     }
 
-    pub(crate) fn vm_started(&mut self, driver: String, isolation: String, cx: &mut Context<'_>) {
+    pub(crate) fn vm_started(
+        &mut self,
+        driver: String,
+        isolation: String,
+        start: String,
+        cx: &mut Context<'_>,
+    ) {
         let adopted = match self.stage {
             Stage::Booting { .. } => false,
             Stage::Adopting { .. } => true,
             _ => return,
         };
-        (self.driver, self.isolation) = (driver, isolation);
+        (self.driver, self.isolation, self.start) = (driver, isolation, start);
         if adopted && self.record.assignment.desired == Desired::Stopped {
             self.stop(cx);
         } else if adopted && self.record.came_up {

@@ -240,7 +240,8 @@ fn hello(configured: bool) -> GuestHello {
         protocol: GUEST_PROTOCOL,
         agent_version: env!("CARGO_PKG_VERSION").into(),
         kernel_release: read("/proc/sys/kernel/osrelease"),
-        boot_id: read("/proc/sys/kernel/random/boot_id"),
+        // Drawn when it is first read: not before this sandbox's entropy is in.
+        boot_id: if configured { read("/proc/sys/kernel/random/boot_id") } else { String::new() },
         configured,
     }
 }

@@ -1,6 +1,8 @@
 //! What a kernel needs before anything else works: standard descriptors, the first mounts, modules,
-//! the loopback interface, protection from the OOM killer.
+//! protection from the OOM killer; and what waits until it is known whose guest this is.
 //!
+//! A guest may be saved when it has said hello and restored many times (a warm start). So nothing
+//! before `finish` touches a disk, the network, or what the kernel draws from its random pool once.
 //! A step that fails is an error with its name: the node shows the last words of a guest's console.
 #![expect(
     unsafe_code,
@@ -18,10 +20,14 @@ use rustix::mount::MountFlags;
 
 /// Where the modules and their order are in the initramfs.
 const MODULES: &str = "/modules";
+/// Modules whose devices are this sandbox's own: they are loaded by `finish` only.
+const LATE_MODULES: [&str; 2] = ["virtio_rng", "virtio_blk"];
+/// Whether a driver takes the devices that it finds.
+const AUTOPROBE: &str = "/sys/bus/virtio/drivers_autoprobe";
 /// Descriptors that the agent may have open: a stream of each client and an exec's pipes.
 const FILES_MAX: u64 = 65_536;
 
-/// Does all of it.
+/// Does what comes before the hello.
 pub fn prepare() -> io::Result<()> {
     for (what, target, kind, flags) in [
         ("proc", "/proc", "proc", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC),
@@ -37,9 +43,19 @@ pub fn prepare() -> io::Result<()> {
     mount("cgroup2", Path::new("/sys/fs/cgroup"), "cgroup2", cgroup, "")?;
     // Nothing here could answer the kernel's wish for a further module: asking costs a process each.
     fs::write("/proc/sys/kernel/modprobe", "\n")?;
-    load_modules(Path::new(MODULES))?;
+    load_modules(|name| !LATE_MODULES.contains(&name))?;
     fs::write("/proc/self/oom_score_adj", "-1000")?;
-    raise_files_limit()?;
+    raise_files_limit()
+}
+
+/// Does what comes with the configuration, after the entropy: the devices of this sandbox, and the
+/// network's first use, at which the kernel draws its secrets.
+pub fn finish() -> io::Result<()> {
+    load_modules(|name| name == "virtio_rng")?;
+    // The machine has room for more disks than this sandbox has; `disks` takes only those.
+    fs::write(AUTOPROBE, "0")?;
+    load_modules(|name| name == "virtio_blk")?;
+    fs::write(AUTOPROBE, "1")?;
     bring_loopback_up()
 }
 
@@ -73,8 +89,9 @@ fn open_standard_descriptors() -> io::Result<()> {
     }
 }
 
-/// Loads the modules that `order` names, one per line, in that order.
-fn load_modules(folder: &Path) -> io::Result<()> {
+/// Loads those of the modules that `order` names, one per line, in that order.
+fn load_modules(wanted: impl Fn(&str) -> bool) -> io::Result<()> {
+    let folder = Path::new(MODULES);
     let order = match fs::read_to_string(folder.join("order")) {
         Ok(order) => order,
         // A kernel with all that is needed built in.
@@ -82,6 +99,9 @@ fn load_modules(folder: &Path) -> io::Result<()> {
         Err(error) => return Err(error),
     };
     for name in order.lines().map(str::trim).filter(|name| !name.is_empty()) {
+        if !wanted(&name.trim_end_matches(".ko").replace('-', "_")) {
+            continue;
+        }
         load_module(&folder.join(name))
             .map_err(|error| io::Error::new(error.kind(), format!("module {name}: {error}")))?;
     }

@@ -20,6 +20,8 @@ use crate::workload::{Cgroups, Limits, Workload};
 
 /// Memory that stays for the kernel and the agent, at least.
 const RESERVED_MEMORY: u64 = 64 << 20;
+/// Least entropy: what seeds the kernel's generator.
+const ENTROPY_MIN: usize = 32;
 /// Processes of a workload when the node names no bound.
 const PROCESSES_DEFAULT: u32 = 4096;
 
@@ -28,11 +30,14 @@ pub async fn configure(
     configure: &GuestConfigure,
     fuse: Option<crate::fuse::Device>,
 ) -> Result<Services, Refusal> {
-    if !configure.entropy.is_empty() {
-        boot::add_entropy(&configure.entropy)
-            .map_err(|error| Refusal::io("cannot take the node's entropy", &error))?;
+    // First of all: a guest that was restored would share its random numbers with others.
+    if configure.entropy.len() < ENTROPY_MIN {
+        return Err(Refusal::invalid("the node gave too little entropy"));
     }
+    boot::add_entropy(&configure.entropy)
+        .map_err(|error| Refusal::io("cannot take the node's entropy", &error))?;
     set_clock(configure.unix_ns)?;
+    boot::finish().map_err(|error| Refusal::io("cannot set the machine up", &error))?;
     let hostname = checked_hostname(&configure.hostname)?;
     rustix::system::sethostname(hostname.as_bytes())
         .map_err(|error| Refusal::io("cannot set the hostname", &error.into()))?;

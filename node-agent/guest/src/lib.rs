@@ -8,6 +8,7 @@ pub mod agent;
 pub mod boot;
 pub mod configure;
 pub mod credentials;
+mod disks;
 pub mod exec;
 pub mod files;
 pub mod forward;

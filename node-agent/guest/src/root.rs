@@ -17,6 +17,7 @@ use towline_proto::v1::{GitIdentity, User};
 
 use crate::boot::mount;
 use crate::credentials::RootFiles;
+use crate::disks::Disks;
 use crate::{fuse, gitconfig};
 
 /// The workload's root, as the agent sees it.
@@ -29,8 +30,8 @@ pub const SPOOL: &str = "/run/towline/upper/spool";
 pub const FOLDER: &str = "/run/towline/upper/folder";
 const LAYERS: &str = "/run/towline/layers";
 const LOCAL: &str = "/run/towline/local";
-/// Most layer disks, as the node makes them.
-const LAYERS_MAX: u32 = 16;
+/// Where the kernel's modules are, in a root that has libraries at all.
+const MODULES: &str = "lib/modules";
 /// Group of terminals on every distribution.
 const TTY_GROUP: u32 = 5;
 
@@ -62,14 +63,16 @@ pub struct Mounted {
 
 /// Builds and mounts everything but the project folder.
 pub fn mount_root(spec: &RootSpec) -> io::Result<Mounted> {
-    mount_upper()?;
+    let disks = Disks::attach(spec.layers)?;
+    mount_upper(&disks)?;
     let lower = match &spec.fuse {
         Some(device) => mount_local(device)?,
-        None => mount_layers(spec.layers)?,
+        None => mount_layers(&disks, spec.layers)?,
     };
     mount_overlay(&lower)?;
     let root = open_root()?;
     mount_system(&root)?;
+    mount_modules(&root, &disks)?;
     write_names(&root, spec)?;
     if !spec.cwd.is_empty() {
         make_folders(&root, &spec.cwd, None)?;
@@ -77,20 +80,8 @@ pub fn mount_root(spec: &RootSpec) -> io::Result<Mounted> {
     Ok(Mounted { descriptor: root })
 }
 
-/// The device whose virtio serial is this.
-fn disk(serial: &str) -> io::Result<PathBuf> {
-    for entry in fs::read_dir("/sys/block")? {
-        let entry = entry?;
-        let found = fs::read_to_string(entry.path().join("serial"));
-        if found.is_ok_and(|found| found.trim_end() == serial) {
-            return Ok(Path::new("/dev").join(entry.file_name()));
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::NotFound, format!("the machine has no disk `{serial}`")))
-}
-
-fn mount_upper() -> io::Result<()> {
-    let device = disk("upper")?;
+fn mount_upper(disks: &Disks) -> io::Result<()> {
+    let device = disks.get("upper")?;
     let flags = MountFlags::NOATIME;
     // Inode tables that the template left unwritten are written when they are needed, not in the
     // background of the first command.
@@ -108,18 +99,13 @@ fn mount_upper() -> io::Result<()> {
 }
 
 /// The lower directories in overlayfs' order: the topmost first.
-fn mount_layers(layers: u32) -> io::Result<String> {
-    if layers > LAYERS_MAX {
-        return Err(io::Error::other(format!(
-            "{layers} layers; at most {LAYERS_MAX} are possible"
-        )));
-    }
+fn mount_layers(disks: &Disks, layers: u32) -> io::Result<String> {
     if layers == 0 {
         return Ok(format!("{UPPER}/empty"));
     }
     let mut lower = Vec::new();
     for index in (0..layers).rev() {
-        let device = disk(&format!("layer{index}"))?;
+        let device = disks.get(&format!("layer{index}"))?;
         let target = format!("{LAYERS}/{index}");
         let flags = MountFlags::RDONLY | MountFlags::NODEV;
         mount(&device.to_string_lossy(), Path::new(&target), "squashfs", flags, "")?;
@@ -177,6 +163,19 @@ fn mount_system(root: &OwnedFd) -> io::Result<()> {
     mount_at(root, "dev/pts", "devpts", MountFlags::NOSUID | MountFlags::NOEXEC, &terminals)?;
     mount_at(root, "dev/shm", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777")?;
     make_devices(root)
+}
+
+/// The running kernel's modules, for `modprobe` in the sandbox: they are no image's own.
+fn mount_modules(root: &OwnedFd, disks: &Disks) -> io::Result<()> {
+    let Ok(device) = disks.get("modules") else { return Ok(()) };
+    let libraries = open_beneath(root, b"lib", OFlags::PATH | OFlags::DIRECTORY);
+    if libraries.is_err() {
+        return Ok(());
+    }
+    ensure_folder(root, MODULES, 0o755)?;
+    let target = open_beneath(root, MODULES.as_bytes(), OFlags::PATH | OFlags::DIRECTORY)?;
+    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount(&device.to_string_lossy(), &own_path(target.as_fd()), "squashfs", flags, "")
 }
 
 fn make_devices(root: &OwnedFd) -> io::Result<()> {

@@ -4,6 +4,7 @@
 #![expect(unsafe_code, reason = "a child confines itself between fork and exec")]
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -90,6 +91,32 @@ pub fn apply(command: &mut Command, rules: Option<RulesetCreated>, limits: Limit
     // may use is the heap, which glibc makes usable in a forked child.
     unsafe {
         command.pre_exec(confine);
+    }
+}
+
+/// Lets the command's process have one descriptor besides the standard ones, under its number here.
+pub fn inherit(command: &mut Command, fd: OwnedFd) {
+    // SAFETY: after fork the closure makes one system call on what it owns.
+    unsafe {
+        command.pre_exec(move || Ok(rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty())?));
+    }
+}
+
+/// Lets the command's process have only the time that nobody else wants, and ends it with the thread
+/// that starts it.
+pub fn in_background(command: &mut Command) {
+    /// Linux' `IOPRIO_CLASS_IDLE`, for this process.
+    const IDLE_IO: libc::c_int = 3 << 13;
+    let background = || {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        rustix::process::nice(19)?;
+        // SAFETY: plain numbers. Where it is not possible, the process is a little less polite.
+        unsafe { libc::syscall(libc::SYS_ioprio_set, 1, 0, IDLE_IO) };
+        Ok(())
+    };
+    // SAFETY: after fork the closure makes system calls only.
+    unsafe {
+        command.pre_exec(background);
     }
 }
 

@@ -6,9 +6,11 @@
 
 mod command;
 mod probe;
+mod template;
 
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -16,8 +18,11 @@ use futures_util::future::BoxFuture;
 
 use super::confine::{self, Allowed, Limits};
 use super::vm::{LOG_FILE, ORDERS_SOCKET};
-use super::{Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmSpec, tsc, vm};
+use super::{
+    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, tsc, vm,
+};
 use crate::kernel::Kernel;
+use template::Templates;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 
@@ -41,7 +46,7 @@ pub enum AccelChoice {
 /// What the driver needs to know.
 #[derive(Debug, Clone)]
 pub struct QemuConfig {
-    /// Where verdicts about KVM are remembered.
+    /// Where verdicts about KVM are remembered, and templates are kept.
     pub cache_dir: PathBuf,
     /// The guest kernel.
     pub kernel: Kernel,
@@ -59,6 +64,18 @@ pub struct Qemu {
     initramfs: PathBuf,
     tsc_khz: Option<u64>,
     capabilities: Capabilities,
+    templates: Templates,
+}
+
+/// How the process of a VM begins.
+#[derive(Debug)]
+enum Start {
+    /// With the kernel.
+    Boot,
+    /// With the kernel, to be saved later: in the background.
+    ToBeSaved,
+    /// With what was saved.
+    Restore(OwnedFd),
 }
 
 impl Qemu {
@@ -88,6 +105,7 @@ impl Qemu {
                 landlock,
                 missing,
             },
+            templates: Templates::new(&config.cache_dir),
         };
         match (config.accel, probe::verdict(&qemu, &config.cache_dir, config.accel).await) {
             (AccelChoice::Tcg, _) => {
@@ -99,11 +117,14 @@ impl Qemu {
             (AccelChoice::Kvm, Err(reason)) => return Err(HypervisorError::NoKvm(reason)),
             (AccelChoice::Auto, Err(reason)) => qemu.capabilities.accel_reason = reason,
         }
+        // A kernel that has the disks' driver built in has looked at them before it could be saved.
+        qemu.capabilities.snapshot = qemu.kernel.has_module("virtio_blk");
+        qemu.templates.key = template::key(&qemu);
         Ok(qemu)
     }
 
     /// Starts the process of a VM.
-    fn spawn(&self, spec: &VmSpec, accel: Accel) -> Result<Vm, HypervisorError> {
+    fn spawn(&self, spec: &VmSpec, accel: Accel, start: Start) -> Result<Vm, HypervisorError> {
         spec.check()?;
         let io = HypervisorError::io;
         let dir = fs::canonicalize(&spec.dir).map_err(io("find", &spec.dir))?;
@@ -116,7 +137,7 @@ impl Qemu {
         let log_too = log.try_clone().map_err(io("open", &log_path))?;
         let mut command = Command::new(&self.program);
         command
-            .args(command::arguments(self, &spec, accel)?)
+            .args(command::arguments(self, &spec, accel, &start)?)
             .current_dir(&spec.dir)
             .env_clear()
             .stdin(Stdio::null())
@@ -129,7 +150,16 @@ impl Qemu {
         } else {
             None
         };
-        confine::apply(&mut command, rules, limits(&spec));
+        let mut limits = limits(&spec);
+        match start {
+            Start::Boot => {}
+            Start::ToBeSaved => {
+                limits.file_bytes = template::SIZE_MAX;
+                confine::in_background(&mut command);
+            }
+            Start::Restore(saved) => confine::inherit(&mut command, saved),
+        }
+        confine::apply(&mut command, rules, limits);
         let child = command.spawn().map_err(|source| HypervisorError::Spawn {
             program: self.program.display().to_string(),
             dir: spec.dir.clone(),
@@ -161,7 +191,7 @@ impl Qemu {
         };
         allowed.execute.push(self.program.clone());
         allowed.read.extend([self.kernel.vmlinux.clone(), self.initramfs.clone()]);
-        allowed.read.extend(spec.layers.iter().cloned());
+        allowed.read.extend(self.kernel.modules_disk.iter().chain(&spec.layers).cloned());
         allowed.write.extend(spec.upper.iter().cloned());
         if accel == Accel::Kvm {
             allowed.write.push("/dev/kvm".into());
@@ -176,7 +206,33 @@ impl Hypervisor for Qemu {
     }
 
     fn boot<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
-        Box::pin(async move { self.spawn(spec, self.capabilities.accel) })
+        Box::pin(async move { self.spawn(spec, self.capabilities.accel, Start::Boot) })
+    }
+
+    fn restore<'a>(
+        &'a self,
+        spec: &'a VmSpec,
+    ) -> BoxFuture<'a, Result<Option<Vm>, HypervisorError>> {
+        Box::pin(async move {
+            // A console is one more device.
+            let saved = self.templates.open(spec.shape()).filter(|_| !spec.console);
+            let restore = |saved| self.spawn(spec, self.capabilities.accel, Start::Restore(saved));
+            saved.map(restore).transpose()
+        })
+    }
+
+    fn make_template(&self, shape: VmShape) -> BoxFuture<'_, Result<(), HypervisorError>> {
+        Box::pin(async move {
+            if !self.capabilities.snapshot {
+                return Ok(());
+            }
+            let failed = |problem| HypervisorError::Template { shape, problem };
+            self.templates.make(self, shape).await.map_err(failed)
+        })
+    }
+
+    fn drop_template(&self, shape: VmShape) {
+        self.templates.drop(shape);
     }
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {

@@ -84,7 +84,7 @@ fn private_lists(work: &Path) -> Result<Vec<String>, KernelError> {
 }
 
 /// Runs a tool to its end, within a bound; returns its standard output.
-fn run(
+pub(super) fn run(
     doing: &'static str,
     mut command: Command,
     work: &Path,

@@ -27,7 +27,7 @@ use towline_proto::v1::{
 };
 
 pub(crate) use control_plane::{CLUSTER, ControlPlane, NODE};
-pub(crate) use hypervisor::Doubles;
+pub(crate) use hypervisor::{Doubles, Template};
 
 /// Bound on every wait of these tests.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(60);

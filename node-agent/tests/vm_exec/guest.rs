@@ -23,10 +23,12 @@ pub(crate) const BOOT_MAX: Duration = Duration::from_secs(90);
 pub(crate) const PROCESSES_MAX: u32 = 60;
 
 /// What the tests run; each is taken from this machine with its libraries.
-const PROGRAMS: [&str; 19] = [
+const PROGRAMS: [&str; 23] = [
     "bash", "sh", "cat", "head", "tail", "ls", "id", "stat", "dd", "df", "rm", "mkdir", "sleep",
-    "stty", "tty", "uname", "touch", "mount", "perl",
+    "stty", "tty", "uname", "touch", "mount", "perl", "find", "sort", "env", "mknod",
 ];
+/// These too, where this machine has them.
+const PROGRAMS_MAYBE: [&str; 2] = ["kmod", "ssh-keygen"];
 pub(crate) struct Guest {
     pub(crate) vm: Machine,
     pub(crate) link: GuestLink,
@@ -71,17 +73,18 @@ impl Guest {
 
     /// Boots to the hello.
     pub(crate) async fn boot_only(driver: &Qemu, dir: &Path, layers: Vec<PathBuf>) -> Self {
-        let upper = dir.join("upper.img");
-        disks::create(&cache_dir(), &upper, 96).unwrap();
-        let spec = VmSpec {
-            cpus: 1,
-            memory_mib: 320,
-            layers,
-            upper: Some(upper),
-            dir: dir.to_owned(),
-            console: std::env::var_os("TOWLINE_TEST_CONSOLE").is_some(),
-        };
-        let vm = Machine(driver.boot(&spec).await.unwrap());
+        let vm = driver.boot(&spec(dir, layers)).await.unwrap();
+        Self::hello(vm).await
+    }
+
+    /// Restores from the template of this shape to the hello.
+    pub(crate) async fn restore_only(driver: &Qemu, dir: &Path, layers: Vec<PathBuf>) -> Self {
+        let vm = driver.restore(&spec(dir, layers)).await.unwrap().expect("there is a template");
+        Self::hello(vm).await
+    }
+
+    async fn hello(vm: Vm) -> Self {
+        let vm = Machine(vm);
         let link = GuestLink::connect(&vm, SECRET, BOOT_MAX).await.unwrap();
         assert!(!link.hello.configured);
         Self { vm, link, next_key: std::cell::Cell::new(0) }
@@ -120,6 +123,20 @@ impl Guest {
         let open = StreamOpen { kind: Some(kind), ..StreamOpen::default() };
         writer.send_message(FrameKind::Open, &open).await.unwrap();
         (FrameReader::new(recv), writer)
+    }
+}
+
+/// With a disk of its own in the VM's directory.
+pub(crate) fn spec(dir: &Path, layers: Vec<PathBuf>) -> VmSpec {
+    let upper = dir.join("upper.img");
+    disks::create(&cache_dir(), &upper, 96).unwrap();
+    VmSpec {
+        cpus: 1,
+        memory_mib: 320,
+        layers,
+        upper: Some(upper),
+        dir: dir.to_owned(),
+        console: std::env::var_os("TOWLINE_TEST_CONSOLE").is_some(),
     }
 }
 
@@ -232,6 +249,11 @@ pub(crate) async fn to_the_end(
 }
 
 pub(crate) async fn driver() -> Option<Qemu> {
+    Some(Qemu::new(config()?).await.unwrap())
+}
+
+/// What the driver is made of; `None`, with a word why, where a VM cannot be run at all.
+pub(crate) fn config() -> Option<QemuConfig> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
         return None;
@@ -246,8 +268,7 @@ pub(crate) async fn driver() -> Option<Qemu> {
         Err(error) => panic!("{error:?}"),
     };
     let initramfs = initramfs::ensure(&cache, &kernel, &guest_agent()).unwrap();
-    let config = QemuConfig { cache_dir: cache, kernel, initramfs, accel: AccelChoice::Auto };
-    Some(Qemu::new(config).await.unwrap())
+    Some(QemuConfig { cache_dir: cache, kernel, initramfs, accel: AccelChoice::Auto })
 }
 
 /// The static guest agent: the one named by the environment, or built now.
@@ -271,7 +292,7 @@ fn guest_agent() -> PathBuf {
 }
 
 /// A layer of this machine's own shell and tools with their libraries, made once per VM.
-fn layer(folder: &Path) -> Option<PathBuf> {
+pub(crate) fn layer(folder: &Path) -> Option<PathBuf> {
     let image = folder.join("layer.sq");
     if image.exists() {
         return Some(image);
@@ -285,8 +306,11 @@ fn layer(folder: &Path) -> Option<PathBuf> {
         std::os::unix::fs::symlink(format!("usr/{name}"), root.join(name)).unwrap();
     }
     let mut files = BTreeSet::new();
-    for program in PROGRAMS {
+    for program in PROGRAMS.into_iter().chain(PROGRAMS_MAYBE) {
         let path = Path::new("/usr/bin").join(program);
+        if PROGRAMS_MAYBE.contains(&program) && !path.exists() {
+            continue;
+        }
         assert!(path.exists(), "{} is on every Debian", path.display());
         let libraries = Command::new("ldd").arg(&path).output().unwrap().stdout;
         let libraries = String::from_utf8(libraries).unwrap();

@@ -21,6 +21,7 @@ pub const SHORT: Duration = Duration::from_secs(60);
 pub struct Cluster {
     root: TempDir,
     bin: PathBuf,
+    variables: Vec<(&'static str, &'static str)>,
 }
 
 impl Cluster {
@@ -49,7 +50,14 @@ impl Cluster {
         for folder in ["run", "home", "data", "config", "state", "work"] {
             std::fs::create_dir(root.path().join(folder)).map_err(|e| e.to_string())?;
         }
-        Ok(Self { root, bin })
+        Ok(Self { root, bin, variables: Vec::new() })
+    }
+
+    /// The same with one more variable in its environment.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, value: &'static str) -> Self {
+        self.variables.push((name, value));
+        self
     }
 
     /// Makes one and brings it up.
@@ -106,6 +114,7 @@ impl Cluster {
         ] {
             command.env(variable, self.root().join(name));
         }
+        command.envs(self.variables.iter().copied());
         command
     }
 

@@ -154,5 +154,6 @@ fn started(sandbox: SandboxId, run: Run) -> Input {
         run,
         driver: "model".to_owned(),
         isolation: "vm (model)".to_owned(),
+        start: "cold".to_owned(),
     }
 }

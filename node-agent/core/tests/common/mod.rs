@@ -126,7 +126,8 @@ impl World {
                 if well && self.core.run(sandbox) == Some(run) {
                     self.alive.insert(sandbox);
                     let (driver, isolation) = ("qemu".into(), "vm".into());
-                    self.input(Input::VmStarted { sandbox, run, driver, isolation });
+                    let start = "cold".into();
+                    self.input(Input::VmStarted { sandbox, run, driver, isolation, start });
                 } else {
                     self.alive.remove(&sandbox);
                     self.input(Input::VmFailed { sandbox, run, failure: failure() });

@@ -1,13 +1,15 @@
-//! The command line of one VM. Paths of sockets are relative to the VM's directory, which is the
+//! The command line of one VM. Every VM has the same devices, with a disk behind them or not, so that
+//! one that was saved before its disks were known fits every sandbox of its shape. Paths of sockets are relative to the VM's directory, which is the
 //! process's working directory: a socket's address has room for 107 bytes only.
 
-use std::path::Path;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 
 use towline_proto::mux::PORT_NAME;
 
-use super::Qemu;
+use super::{Qemu, Start};
 use crate::hypervisor::vm::ORDERS_SOCKET;
-use crate::hypervisor::{Accel, HypervisorError, LINK_SOCKET, VmSpec};
+use crate::hypervisor::{Accel, HypervisorError, LAYER_DISKS_MAX, LINK_SOCKET, VmSpec};
 
 /// All instructions that programs may want, but not what costs an emulated kernel dearly: with `erms`
 /// it copies byte by byte (measured: five times slower system calls that move data), with `smap` it
@@ -16,10 +18,22 @@ const TCG_CPU: &str = "max,-erms,-fsrm,-smap,-la57,-pku";
 /// Cache of translated code under emulation, per VM, in MiB.
 pub(super) const TRANSLATIONS_MIB: u32 = 256;
 
+/// Changes when a machine saved by another version of this file would not fit any more.
+pub(super) const MACHINE: &str = "v1";
+
+/// What decides which instructions a guest sees.
+pub(super) fn cpu(accel: Accel) -> &'static str {
+    match accel {
+        Accel::Kvm => "host",
+        Accel::Tcg => TCG_CPU,
+    }
+}
+
 pub(super) fn arguments(
     qemu: &Qemu,
     spec: &VmSpec,
     accel: Accel,
+    start: &Start,
 ) -> Result<Vec<String>, HypervisorError> {
     let mut args = Args::default();
     args.add(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
@@ -31,12 +45,12 @@ pub(super) fn arguments(
     let serial = if spec.console { "on" } else { "off" };
     args.pair("-M", format!("microvm,pit=off,pic=off,rtc=on,isa-serial={serial}"));
     match accel {
-        Accel::Kvm => args.add(&["-accel", "kvm", "-cpu", "host"]),
+        Accel::Kvm => args.add(&["-accel", "kvm"]),
         Accel::Tcg => {
             args.pair("-accel", format!("tcg,thread=multi,tb-size={TRANSLATIONS_MIB}"));
-            args.add(&["-cpu", TCG_CPU]);
         }
     }
+    args.add(&["-cpu", cpu(accel)]);
     args.pair("-smp", spec.cpus.to_string());
     args.pair("-m", format!("{}M", spec.memory_mib));
     args.pair("-kernel", quoted(&qemu.kernel.vmlinux)?);
@@ -47,11 +61,18 @@ pub(super) fn arguments(
     args.pair("-chardev", format!("socket,id=link,path={LINK_SOCKET},server=on,wait=off"));
     args.pair("-device", format!("virtserialport,chardev=link,name={PORT_NAME}"));
     args.add(&["-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng"]);
-    for (number, layer) in spec.layers.iter().enumerate() {
+    // A guest takes its disks in this order, until it has what it needs.
+    args.disk("upper", spec.upper.as_deref(), "discard=unmap,cache=writeback")?;
+    args.disk("modules", qemu.kernel.modules_disk.as_deref(), "readonly=on")?;
+    for number in 0..LAYER_DISKS_MAX {
+        let layer = spec.layers.get(number).map(PathBuf::as_path);
         args.disk(&format!("layer{number}"), layer, "readonly=on")?;
     }
-    if let Some(upper) = &spec.upper {
-        args.disk("upper", upper, "discard=unmap,cache=writeback")?;
+    match start {
+        Start::Boot => {}
+        // It is saved while it is halted, and runs at once when it is restored.
+        Start::ToBeSaved => args.add(&["-global", "migration.store-global-state=off"]),
+        Start::Restore(saved) => args.pair("-incoming", format!("fd:{}", saved.as_raw_fd())),
     }
     if spec.console {
         args.add(&["-chardev", "file,id=console,path=console.log", "-serial", "chardev:console"]);
@@ -101,9 +122,18 @@ impl Args {
         self.0.extend([option.to_owned(), value]);
     }
 
-    fn disk(&mut self, serial: &str, path: &Path, options: &str) -> Result<(), HypervisorError> {
-        let file = quoted(path)?.replace(',', ",,");
-        self.pair("-drive", format!("id={serial},file={file},format=raw,if=none,{options}"));
+    /// A disk, or the place for one.
+    fn disk(
+        &mut self,
+        serial: &str,
+        path: Option<&Path>,
+        options: &str,
+    ) -> Result<(), HypervisorError> {
+        let file = match path {
+            Some(path) => format!("file={}", quoted(path)?.replace(',', ",,")),
+            None => "file.driver=null-co,file.size=0".to_owned(),
+        };
+        self.pair("-drive", format!("id={serial},{file},format=raw,if=none,{options}"));
         self.pair("-device", format!("virtio-blk-device,drive={serial},serial={serial}"));
         Ok(())
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
-use super::{AccelChoice, Qemu};
+use super::{AccelChoice, Qemu, Start};
 use crate::guest_link::GuestLink;
 use crate::hypervisor::processes::boot_id;
 use crate::hypervisor::{Accel, VmSpec};
@@ -78,7 +78,8 @@ async fn probe(qemu: &Qemu) -> Result<(), String> {
         dir: dir.path().to_owned(),
         console: false,
     };
-    let vm = qemu.spawn(&spec, Accel::Kvm).map_err(|error| failed(error.to_string()))?;
+    let vm =
+        qemu.spawn(&spec, Accel::Kvm, Start::Boot).map_err(|error| failed(error.to_string()))?;
     let answered = timeout(PROBE_MAX, GuestLink::answers(&vm)).await;
     let _ = vm.kill();
     let exit = vm.wait_exit().await;

@@ -1,0 +1,78 @@
+//! Warm start: `tow run -- true` in a new sandbox of the default shape, from a template, against the
+//! same command on a cluster that boots every sandbox. Removing them is not measured.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use towline_end_to_end::Cluster;
+use towline_end_to_end::cluster::{BOOT, SHORT};
+
+use crate::stats::{median, ms, ratio};
+use crate::{Row, cold};
+
+const GOAL_SHARE: f64 = 0.35;
+const GOAL: Duration = Duration::from_millis(600);
+/// The template is made in the background after the first start.
+const TEMPLATE_MAX: Duration = Duration::from_secs(300);
+/// Image, and what that means for the reader of the table.
+const IMAGES: [(&str, &str); 2] = [
+    ("bench:1", "warm: `tow run -- true` in a new sandbox, image imported before"),
+    ("local", "warm: the same with this machine's own system as the image"),
+];
+
+/// Measures both clusters, alternating.
+pub(crate) fn measure(booting: &Cluster, bin_dir: &Path, runs: usize) -> anyhow::Result<Vec<Row>> {
+    let restoring = Cluster::prepare_in(bin_dir).map_err(anyhow::Error::msg)?;
+    restoring.tow(["up", "--detach"]).finish(BOOT).ok();
+    cold::import(&restoring)?;
+    wait_for_template(&restoring)?;
+    let mut rows = Vec::new();
+    for (image, what) in IMAGES {
+        let (mut warm, mut cold) = (Vec::new(), Vec::new());
+        for _ in 0..runs {
+            cold.push(once(booting, image, "cold")?);
+            warm.push(once(&restoring, image, "warm")?);
+        }
+        let (warm, cold) = (median(&warm), median(&cold));
+        let share = ratio(warm, cold);
+        rows.push(Row {
+            what,
+            goal: "≤ 0.35 × cold, and ≤ 600 ms",
+            measured: format!("{share:.2} × ({} against {}, {runs} runs)", ms(warm), ms(cold)),
+            met: share <= GOAL_SHARE && warm <= GOAL,
+        });
+    }
+    Ok(rows)
+}
+
+fn wait_for_template(cluster: &Cluster) -> anyhow::Result<()> {
+    let until = Instant::now() + TEMPLATE_MAX;
+    while start(cluster, IMAGES[0].0)?.1 != "warm" {
+        anyhow::ensure!(Instant::now() < until, "no sandbox started warm: {}", cluster.logs());
+        std::thread::sleep(Duration::from_secs(2));
+    }
+    Ok(())
+}
+
+fn once(cluster: &Cluster, image: &str, how: &str) -> anyhow::Result<Duration> {
+    let (took, started) = start(cluster, image)?;
+    anyhow::ensure!(started == how, "a sandbox started {started} where {how} was to be measured");
+    Ok(took)
+}
+
+/// Runs the command in a new sandbox; how long, and how the node started it.
+fn start(cluster: &Cluster, image: &str) -> anyhow::Result<(Duration, String)> {
+    const NAME: &str = "bench-warm";
+    let folder = cluster.root().join("work");
+    let run = ["run", "--no-sync", "--name", NAME, "--image", image, "--", "true"];
+    let mut command = cluster.tow_command(&folder, run);
+    let start = Instant::now();
+    let output = command.output().context("starting `tow`")?;
+    let took = start.elapsed();
+    let said = String::from_utf8_lossy(&output.stderr);
+    anyhow::ensure!(output.status.success(), "`tow run` failed: {said}");
+    let started = cluster.inspect(NAME)["start"].as_str().unwrap_or_default().to_owned();
+    cluster.tow(["rm", "--force", NAME]).finish(SHORT).ok();
+    Ok((took, started))
+}
