@@ -9,6 +9,7 @@ mod exec;
 mod idle;
 mod machine;
 mod peer;
+mod pull;
 mod stats;
 mod throughput;
 mod warm;
@@ -34,6 +35,9 @@ struct Args {
     /// Warm starts and cold ones, alternating
     #[arg(long, default_value_t = 15)]
     warm_runs: usize,
+    /// Pulls of a fresh image
+    #[arg(long, default_value_t = 5)]
+    pull_runs: usize,
     /// Write the table into docs/performance.md
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     write: bool,
@@ -53,6 +57,7 @@ fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let bin_dir = args.bin_dir.canonicalize().context("the folder of the binaries")?;
     // Every start is a boot here, and in the other cluster none that can be avoided.
+    let pulls = pull::measure(&bin_dir, args.pull_runs)?;
     let cluster = Cluster::prepare_in(&bin_dir).map_err(anyhow::Error::msg)?;
     let cluster = cluster.with("TOWLINE_WARM", "off");
     let rows = [
@@ -61,6 +66,7 @@ fn main() -> anyhow::Result<()> {
         exec::measure(&cluster, args.exec_runs)?,
         throughput::measure(&cluster)?,
         idle::measure(&cluster)?,
+        pulls,
     ]
     .concat();
     let table = table(&rows);

@@ -136,14 +136,9 @@ const LATER_VERBS: &[&str] = &[
     "cordon",
     "uncordon",
     "drain",
-    "pull",
-    "tag",
 ];
-const LATER_FLAGS: &[(&str, &str)] = &[
-    ("--reverse", "reverse ports"),
-    ("--gpus", "GPUs"),
-    ("--watch", "watching"),
-];
+const LATER_FLAGS: &[(&str, &str)] =
+    &[("--reverse", "reverse ports"), ("--gpus", "GPUs"), ("--watch", "watching")];
 
 fn not_yet(error: &clap::Error) -> Option<clap::Error> {
     let named = |kind| match error.get(kind) {

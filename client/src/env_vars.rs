@@ -32,6 +32,10 @@ pub const TOWLINE_ACCEL: &str = "TOWLINE_ACCEL";
 pub const TOWLINE_WARM: &str = "TOWLINE_WARM";
 /// The static guest agent, instead of the file beside `tow`.
 pub const TOWLINE_GUEST_AGENT: &str = "TOWLINE_GUEST_AGENT";
+/// Folder of docker's configuration instead of `~/.docker`, for registry logins.
+pub const DOCKER_CONFIG: &str = "DOCKER_CONFIG";
+/// podman's file of registry logins, instead of `containers/auth.json` in the runtime folder.
+pub const REGISTRY_AUTH_FILE: &str = "REGISTRY_AUTH_FILE";
 /// Hides colour when set and not empty (no-color.org).
 pub const NO_COLOR: &str = "NO_COLOR";
 

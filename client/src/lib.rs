@@ -20,6 +20,7 @@ pub mod nearest;
 pub mod output;
 pub mod parse;
 pub mod ports;
+pub mod registry_login;
 pub mod sandbox;
 pub mod session;
 pub mod spec;

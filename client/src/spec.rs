@@ -42,7 +42,7 @@ const TOOLCHAIN_VARIABLES: &[&str] = &[
 /// Flags that describe a sandbox.
 #[derive(Debug, Clone, Default, Args)]
 pub struct SpecArgs {
-    /// Image to start from: an imported image, or `local` for this machine's own system
+    /// Image to start from, or `local` for this machine's own system; pulled if it is not here
     #[arg(long, value_name = "REF")]
     pub image: Option<String>,
     /// Name of the sandbox

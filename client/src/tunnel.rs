@@ -7,6 +7,7 @@ pub mod exec;
 pub mod files;
 pub mod guest;
 pub mod import;
+pub mod pull;
 pub mod tcp;
 pub mod terminal;
 pub mod tty;

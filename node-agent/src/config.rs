@@ -32,6 +32,7 @@ const KEYS: &[&str] = &[
     "accel",
     "guest_console",
     "warm",
+    "private_registries",
 ];
 
 /// Says why a configuration cannot be used.
@@ -107,6 +108,9 @@ pub struct Config {
     pub guest_console: bool,
     /// Keeps guests that have booted as templates, and starts from them (the default).
     pub warm: bool,
+    /// Registries on private addresses that images may be pulled from, as `host` or `host:port`.
+    /// An embedded node pulls from any.
+    pub private_registries: Vec<String>,
 }
 
 #[derive(Deserialize)]
@@ -129,6 +133,8 @@ struct File {
     #[serde(default)]
     guest_console: bool,
     warm: Option<bool>,
+    #[serde(default)]
+    private_registries: Vec<String>,
 }
 
 impl Config {
@@ -182,6 +188,7 @@ impl Config {
             },
             guest_console: file.guest_console,
             warm: file.warm.unwrap_or(true),
+            private_registries: file.private_registries,
         })
     }
 }

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use tokio::sync::{mpsc, watch};
-use towline_images::{ImageError, Imported, Progress, Store};
+use towline_images::{Imported, Progress, Store};
 use towline_link::stream::LinkStream;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::{ImageImportProgress, ImageImported, StreamErrorCode};
 
 use crate::gates::Refused;
-use crate::{streams, tunnel};
+use crate::{image_pull, streams, tunnel};
 
 /// Frames of up to 1 MiB that wait for the importer.
 const WAITING_MAX: usize = 4;
@@ -68,31 +68,31 @@ pub(crate) async fn serve(store: Store, name: String, stream: LinkStream) {
     let result = import.await;
     let mut stream = LinkStream { reader, writer };
     match result {
-        Ok(Ok(Imported { digest, bytes, layers })) => {
+        Ok(Ok(imported)) => {
+            let Imported { digest, bytes, layers } = imported;
             tracing::info!(name, %digest, bytes, layers, "image imported");
-            let imported = ImageImported { digest: digest.to_string(), bytes, layers };
-            let frame = Frame::message(FrameKind::Imported, &imported);
-            if stream.writer.send(&frame).await.is_err() || stream.writer.finish().await.is_err() {
-                tunnel::give_up(stream);
-            }
+            answer(stream, &imported).await;
         }
         Ok(Err(error)) => {
             let reason = crate::chain(&error);
             tracing::info!(name, reason, "image import refused");
-            let code = match error {
-                ImageError::NoSpace { .. } => StreamErrorCode::NoSpace,
-                ImageError::Limit { .. } => StreamErrorCode::Limit,
-                ImageError::Io { .. } | ImageError::Imager { .. } | ImageError::NoImager(_) => {
-                    StreamErrorCode::Internal
-                }
-                _ => StreamErrorCode::Invalid,
-            };
-            streams::refuse(&mut stream.writer, &Refused::new(code, reason)).await;
+            let refused = Refused::new(image_pull::image_code(&error), reason);
+            streams::refuse(&mut stream.writer, &refused).await;
         }
         Err(error) => {
             let refused = Refused::new(StreamErrorCode::Internal, error.to_string());
             streams::refuse(&mut stream.writer, &refused).await;
         }
+    }
+}
+
+/// Says what came out, at the stream's end.
+pub(crate) async fn answer(mut stream: LinkStream, imported: &Imported) {
+    let Imported { digest, bytes, layers } = *imported;
+    let imported = ImageImported { digest: digest.to_string(), bytes, layers };
+    let frame = Frame::message(FrameKind::Imported, &imported);
+    if stream.writer.send(&frame).await.is_err() || stream.writer.finish().await.is_err() {
+        tunnel::give_up(stream);
     }
 }
 

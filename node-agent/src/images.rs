@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use towline_images::local::{self, Manifest};
+use towline_images::registry::Private;
 use towline_images::{Digest, ImageConfig, ImageError, Store, prepare};
 use towline_node_core::{Assignment, Failure};
 use towline_proto::v1::image_ref::Source;
@@ -39,6 +40,7 @@ pub struct Images {
     /// What local images are images of: `/`, but in tests.
     root: PathBuf,
     embedded: bool,
+    private_registries: Private,
     /// Manifests in use: sandboxes of one image share one.
     manifests: Mutex<BTreeMap<String, Weak<Manifest>>>,
     /// Held while the machine is looked at, which takes memory: one sandbox after another.
@@ -47,16 +49,26 @@ pub struct Images {
 
 impl Images {
     /// Opens the store in the cache.
-    pub fn open(cache: &Path, root: &Path, embedded: bool) -> Result<Self, ImageError> {
+    pub fn open(
+        cache: &Path,
+        root: &Path,
+        embedded: bool,
+        private_registries: Private,
+    ) -> Result<Self, ImageError> {
         let store = Store::open(cache)?;
         let (cache, root) = (cache.to_owned(), root.to_owned());
         let (manifests, looking) = (Mutex::default(), Mutex::default());
-        Ok(Self { store, cache, root, embedded, manifests, looking })
+        Ok(Self { store, cache, root, embedded, private_registries, manifests, looking })
     }
 
     /// The store, for imports.
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// Which registries may be on private addresses.
+    pub(crate) fn private_registries(&self) -> &Private {
+        &self.private_registries
     }
 
     /// Makes the image of a sandbox ready. `progress` is told what it does.
@@ -85,7 +97,7 @@ impl Images {
         let text = if digest.is_empty() { name } else { digest };
         let digest: Digest = text.parse().map_err(|_| {
             lasting(format!(
-                "the image `{name}` has no digest here: import it with `tow image import`"
+                "the image `{name}` has no digest here: `tow image pull` or `tow image import` brings it in"
             ))
         })?;
         let mut told = |step: towline_images::Progress| progress(format!("image: {}", step.stage));

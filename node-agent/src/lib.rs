@@ -21,6 +21,7 @@ pub mod guest_link;
 pub mod guests;
 pub mod hypervisor;
 mod image_import;
+mod image_pull;
 pub mod images;
 pub mod initramfs;
 pub mod kernel;
@@ -41,6 +42,7 @@ use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use tokio::sync::{mpsc, watch};
+use towline_images::registry::Private;
 use towline_link::endpoint::LinkServer;
 use towline_node_core::NodeAgent;
 use towline_proto::v1::{Driver as DriverInfo, Isolation, RegisterNode};
@@ -106,7 +108,11 @@ pub async fn run(
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let capacity = capacity::capacity(&config).context("measuring this machine")?;
-    let images = Images::open(&config.cache_dir, root, config.embedded)?;
+    let private = match config.embedded {
+        true => Private::Any,
+        false => Private::Only(config.private_registries.clone()),
+    };
+    let images = Images::open(&config.cache_dir, root, config.embedded, private)?;
     let (images, gates, guests) = (Arc::new(images), Arc::default(), Arc::new(Guests::default()));
     let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
     let tunnel = Tunnel::new(Arc::clone(&gates), Arc::clone(&guests), Arc::clone(&images));

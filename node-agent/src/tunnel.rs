@@ -21,6 +21,7 @@ use towline_streams::{Priority as GuestPriority, splice};
 
 use crate::gates::{Gates, Refused};
 use crate::guests::Guests;
+use crate::image_pull::Pulls;
 use crate::images::Images;
 use crate::{image_import, streams};
 
@@ -47,13 +48,22 @@ pub struct Tunnel {
     images: Arc<Images>,
     authority: watch::Sender<Option<Arc<Authority>>>,
     imports: Arc<Semaphore>,
+    pulls: Pulls,
 }
 
 impl Tunnel {
     /// One that lets nobody in until it knows who signs tickets.
     pub fn new(gates: Arc<Gates>, guests: Arc<Guests>, images: Arc<Images>) -> Arc<Self> {
         let imports = Arc::new(Semaphore::new(IMPORTS_MAX));
-        Arc::new(Self { gates, guests, images, authority: watch::Sender::default(), imports })
+        let pulls = Pulls::new(&images, Arc::clone(&imports));
+        Arc::new(Self {
+            gates,
+            guests,
+            images,
+            authority: watch::Sender::default(),
+            imports,
+            pulls,
+        })
     }
 
     /// Takes what the control plane said at registration.
@@ -148,8 +158,11 @@ impl Tunnel {
                 let (store, name) = (self.images.store().clone(), import.name.clone());
                 return image_import::serve(store, name, stream).await;
             }
-            (Some(Kind::ImageImport(_)), TicketTarget::Sandbox(_)) => {
-                Refused::new(StreamErrorCode::Ticket, "an import needs a ticket for images")
+            (Some(Kind::ImagePull(pull)), TicketTarget::Images) => {
+                return self.pulls.serve(pull.clone(), stream).await;
+            }
+            (Some(Kind::ImageImport(_) | Kind::ImagePull(_)), TicketTarget::Sandbox(_)) => {
+                Refused::new(StreamErrorCode::Ticket, "this needs a ticket for images")
             }
             (
                 Some(
@@ -167,7 +180,7 @@ impl Tunnel {
             (Some(Kind::Control(_) | Kind::Fuse(_) | Kind::Egress(_) | Kind::Lookup(_)), _) => {
                 Refused::new(StreamErrorCode::Unsupported, "only guests open such streams")
             }
-            (Some(Kind::Feed(_) | Kind::ImagePull(_)) | None, _) => Refused::new(
+            (Some(Kind::Feed(_)) | None, _) => Refused::new(
                 StreamErrorCode::Unsupported,
                 "this node agent does not know this kind of stream; is it older than `tow`?",
             ),

@@ -45,6 +45,7 @@ pub(super) async fn run(args: CreateArgs, env: &Env) -> Outcome {
     spec.git = git::identity(folder.as_ref().map_or(Path::new("."), |f| &f.path)).await;
     let wanted = args.ports.wanted(&config)?;
     let cluster = Cluster::open(env, Start::Always).await?;
+    super::image::pull::ensure(&cluster, &spec, env).await?;
     let mut created = sandbox::create(&cluster, spec).await?;
     if !args.no_wait {
         created = sandbox::wait_running(&cluster, &created, &env.printer).await?;

@@ -1,7 +1,9 @@
 //! `tow image`: images to start sandboxes from.
 //!
-//! `import` sends an OCI image layout to a node's store, which checks all of it, and then names
-//! what came out in the control plane.
+//! `import` sends an image's archive to a node's store, `pull` has the node fetch it from a
+//! registry; the node checks all of it, and then the control plane is told its name.
+
+pub(super) mod pull;
 
 use std::path::PathBuf;
 
@@ -20,12 +22,16 @@ use crate::tunnel::import::{self, Source};
 /// Verbs of `tow image`.
 #[derive(Debug, Subcommand)]
 pub enum ImageVerb {
-    /// Import an OCI image layout: a folder, a tar archive, or - for standard input
+    /// Pull an image from a registry; again, to have its newest version
+    Pull(pull::PullArgs),
+    /// Import an image: an OCI layout (folder or archive), an archive of docker save, - for stdin
     Import(ImportArgs),
     /// List images
     Ls(ImageLsArgs),
     /// Say everything known about images
     Inspect(ImageNamesArgs),
+    /// Give an image another name
+    Tag(TagArgs),
     /// Remove images; sandboxes that use them keep them
     Rm(ImageNamesArgs),
 }
@@ -33,7 +39,7 @@ pub enum ImageVerb {
 /// Arguments of `tow image import`.
 #[derive(Debug, Args)]
 pub struct ImportArgs {
-    /// The layout
+    /// The layout or archive
     pub path: PathBuf,
     /// The name that it gets, for example debian:12
     pub name: String,
@@ -46,6 +52,19 @@ pub struct ImportArgs {
 #[derive(Debug, Args)]
 pub struct ImageLsArgs {
     /// Print an object per image
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `tow image tag`.
+#[derive(Debug, Args)]
+pub struct TagArgs {
+    /// Name or digest of an image that is here
+    #[arg(value_name = "REF")]
+    pub image: String,
+    /// The new name
+    pub name: String,
+    /// Print an object
     #[arg(long)]
     pub json: bool,
 }
@@ -64,7 +83,9 @@ pub struct ImageNamesArgs {
 impl ImageVerb {
     pub(crate) fn json(&self) -> bool {
         match self {
+            Self::Pull(args) => args.json,
             Self::Import(args) => args.json,
+            Self::Tag(args) => args.json,
             Self::Ls(args) => args.json,
             Self::Inspect(args) | Self::Rm(args) => args.json,
         }
@@ -73,7 +94,9 @@ impl ImageVerb {
 
 pub(super) async fn run(verb: ImageVerb, env: &Env) -> Outcome {
     match verb {
+        ImageVerb::Pull(args) => pull::run(args, env).await,
         ImageVerb::Import(args) => import(args, env).await,
+        ImageVerb::Tag(args) => tag(args, env).await,
         ImageVerb::Ls(_) => ls(env).await,
         ImageVerb::Inspect(args) => inspect(args, env).await,
         ImageVerb::Rm(args) => rm(args, env).await,
@@ -81,23 +104,41 @@ pub(super) async fn run(verb: ImageVerb, env: &Env) -> Outcome {
 }
 
 async fn import(args: ImportArgs, env: &Env) -> Outcome {
-    if args.name.is_empty() || args.name == crate::spec::LOCAL {
-        let text = format!("`{}` cannot be an image's name", args.name);
-        return Err(Failure::usage(text)
-            .hint("for example `tow image import DIR debian:12`")
-            .into());
-    }
+    check_name(&args.name)?;
     let source = Source::open(&args.path)?;
     let context = cluster::ensure(env, Start::Always).await?;
     let guest = Guest::image_store(env, &context)?;
     let progress = env.printer.progress(format!("importing {}", args.name));
-    let show = |step: &v1::ImageImportProgress| progress.set(describe(&args.name, step));
+    let show =
+        |step: &v1::ImageImportProgress| progress.set(describe("importing", &args.name, step));
     let imported = import::run(&guest, &args.name, source, show).await?;
     drop(progress);
     let cluster = Cluster::open(env, Start::UnlessDown).await?;
+    let image = put(&cluster, &args.name, &imported).await?;
+    match env.printer.json() {
+        true => env.printer.object(&json::image_record(&image))?,
+        false => env.printer.answer(&image.digest)?,
+    }
+    Ok(Exit::OK)
+}
+
+fn check_name(name: &str) -> anyhow::Result<()> {
+    if name.is_empty() || name == crate::spec::LOCAL || name.starts_with("sha256:") {
+        let text = format!("`{name}` cannot be an image's name");
+        return Err(Failure::usage(text).hint("an image is called like debian:12").into());
+    }
+    Ok(())
+}
+
+/// Tells the control plane what a name means now.
+async fn put(
+    cluster: &Cluster,
+    name: &str,
+    imported: &v1::ImageImported,
+) -> anyhow::Result<v1::Image> {
     let image = v1::Image {
-        name: args.name,
-        digest: imported.digest,
+        name: name.to_owned(),
+        digest: imported.digest.clone(),
         bytes: imported.bytes,
         created_ms: 0,
     };
@@ -106,24 +147,16 @@ async fn import(args: ImportArgs, env: &Env) -> Outcome {
         let request = request.clone();
         async move { client.put_image(request).await }
     };
-    let image = cluster.call(call).await?;
-    match env.printer.json() {
-        true => env.printer.object(&json::image_record(&image))?,
-        false => env.printer.answer(&image.digest)?,
-    }
-    Ok(Exit::OK)
+    cluster.call(call).await
 }
 
-fn describe(name: &str, step: &v1::ImageImportProgress) -> String {
-    let stage = human::printable(&step.stage);
-    match step.total {
-        0 => format!("importing {name}: {stage} {}", human::bytes(step.done)),
-        total => {
-            format!(
-                "importing {name}: {stage} {} of {}",
-                human::bytes(step.done),
-                human::bytes(total)
-            )
+fn describe(doing: &str, name: &str, step: &v1::ImageImportProgress) -> String {
+    let (name, stage) = (human::printable(name), human::printable(&step.stage));
+    match (step.done, step.total) {
+        (0, 0) => format!("{doing} {name}: {stage}"),
+        (done, 0) => format!("{doing} {name}: {stage} {}", human::bytes(done)),
+        (done, total) => {
+            format!("{doing} {name}: {stage} {} of {}", human::bytes(done), human::bytes(total))
         }
     }
 }
@@ -159,9 +192,7 @@ fn pick<'a>(images: &'a [v1::Image], name: &str) -> anyhow::Result<&'a v1::Image
     let found = images.iter().find(|image| image.name == name || image.digest == name);
     found.ok_or_else(|| {
         let text = format!("there is no image `{}`", human::printable(name));
-        Failure::new(text)
-            .hint("`tow image ls` lists them, `tow image import` brings one in")
-            .into()
+        Failure::new(text).hint("`tow image ls` lists them, `tow image pull` brings one in").into()
     })
 }
 
@@ -173,6 +204,19 @@ async fn inspect(args: ImageNamesArgs, env: &Env) -> Outcome {
             true => env.printer.object(&object)?,
             false => env.printer.answer(serde_json::to_string_pretty(&object)?)?,
         }
+    }
+    Ok(Exit::OK)
+}
+
+async fn tag(args: TagArgs, env: &Env) -> Outcome {
+    check_name(&args.name)?;
+    let (cluster, images) = list(env).await?;
+    let image = pick(&images, &args.image)?;
+    let same = v1::ImageImported { digest: image.digest.clone(), bytes: image.bytes, layers: 0 };
+    let image = put(&cluster, &args.name, &same).await?;
+    match env.printer.json() {
+        true => env.printer.object(&json::image_record(&image))?,
+        false => env.printer.answer(&image.digest)?,
     }
     Ok(Exit::OK)
 }

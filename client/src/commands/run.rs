@@ -265,6 +265,10 @@ async fn find_or_create(
     plan: &RunPlan,
     env: &Env,
 ) -> anyhow::Result<v1::Sandbox> {
+    // Before our turn, which others wait for: a pull may take long.
+    if super::image::pull::may_need(&plan.spec) && existing(cluster, plan).await?.is_none() {
+        super::image::pull::ensure(cluster, &plan.spec, env).await?;
+    }
     let _turn = match &plan.folder {
         Some(folder) => Some(turn(folder).await?),
         None => None,

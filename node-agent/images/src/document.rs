@@ -2,6 +2,8 @@
 //! config.
 
 use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest, MediaType};
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::Digest;
 use crate::error::{ImageError, wanted_architecture};
@@ -43,9 +45,48 @@ pub(crate) struct Config {
     pub(crate) config: ImageConfig,
 }
 
+/// What a registry's document is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// One image.
+    Manifest,
+    /// A choice of images.
+    Index,
+}
+
+/// Says what a document is by its fields alone. One that could be read either way is refused: two
+/// readers would see two images under one digest.
+pub(crate) fn kind(bytes: &[u8]) -> Result<Kind, ImageError> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Fields {
+        schema_version: Option<u64>,
+        manifests: Option<IgnoredAny>,
+        config: Option<IgnoredAny>,
+        layers: Option<IgnoredAny>,
+        fs_layers: Option<IgnoredAny>,
+    }
+    let fields: Fields =
+        serde_json::from_slice(bytes).map_err(|e| ImageError::document("manifest", e))?;
+    let bad = |why: &str| Err(ImageError::document("manifest", why));
+    let has_image = fields.config.is_some() || fields.layers.is_some();
+    match (fields.schema_version, fields.manifests.is_some(), has_image) {
+        (Some(1), ..) => bad(
+            "it is in docker's schema 1, which is out of use since 2017 and proves nothing of its \
+             content: push the image again with a newer docker",
+        ),
+        _ if fields.fs_layers.is_some() => bad("it mixes docker's schema 1 with another"),
+        (_, true, true) => bad("it is an index and an image at once"),
+        (_, true, false) => Ok(Kind::Index),
+        (_, false, true) => Ok(Kind::Manifest),
+        (_, false, false) => bad("it is neither an image nor an index"),
+    }
+}
+
 /// What an index leads to: manifests that may be for this machine, and further indexes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Index {
+    /// The best first: for this very platform, then for a variant of it, then for any.
     pub(crate) manifests: Vec<Digest>,
     pub(crate) indexes: Vec<Digest>,
     /// Platforms that it has instead, for the error.
@@ -56,6 +97,7 @@ pub(crate) fn index(bytes: &[u8]) -> Result<Index, ImageError> {
     let index: ImageIndex =
         serde_json::from_slice(bytes).map_err(|e| ImageError::document("index", e))?;
     let mut found = Index::default();
+    let mut ours = Vec::new();
     for descriptor in index.manifests().iter().take(limits::BLOBS_MAX) {
         let digest = blob(descriptor, "index")?.digest;
         match descriptor.media_type() {
@@ -72,10 +114,13 @@ pub(crate) fn index(bytes: &[u8]) -> Result<Index, ImageError> {
                 {
                     found.others.push(format!("{}/{}", platform.os(), platform.architecture()));
                 }
-                _ => found.manifests.push(digest),
+                Some(platform) => ours.push((u8::from(platform.variant().is_some()), digest)),
+                None => ours.push((2, digest)),
             },
         }
     }
+    ours.sort_by_key(|(rank, _)| *rank);
+    found.manifests = ours.into_iter().map(|(_, digest)| digest).collect();
     Ok(found)
 }
 

@@ -8,8 +8,8 @@ use crate::Digest;
 /// An image could not be imported or prepared.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
-    /// The archive or folder is not an OCI image layout.
-    #[error("not an OCI image layout: {0}")]
+    /// The archive or folder is not an image.
+    #[error("neither an OCI image layout nor an archive of docker save: {0}")]
     NotALayout(String),
     /// A document of the image is not what the OCI specification says.
     #[error("the image's {what} cannot be used: {why}")]
@@ -82,7 +82,7 @@ pub enum ImageError {
         free_mib: u64,
     },
     /// The image was never imported here.
-    #[error("no image {0} on this node: import it with `tow image import`")]
+    #[error("no image {0} on this node: `tow image pull` or `tow image import` brings it in")]
     Unknown(Digest),
     /// The program that makes layer disks is missing.
     #[error("`mksquashfs` could not be started: install the package squashfs-tools")]

@@ -19,6 +19,24 @@ pub fn oci_document(bytes: &[u8]) {
     let _ = document::index(bytes);
     let _ = document::manifest(bytes);
     let _ = document::config(bytes);
+    if document::kind(bytes).is_ok_and(|kind| kind == document::Kind::Index) {
+        assert!(document::manifest(bytes).is_err(), "no document is an index and an image");
+    }
+}
+
+/// Reads bytes as the `manifest.json` of a `docker save` archive.
+pub fn docker_manifest(bytes: &[u8]) {
+    crate::import::docker::fuzz(bytes);
+}
+
+/// Reads bytes as what a registry says besides documents: how to log in, and why it refuses.
+pub fn registry_answer(bytes: &[u8]) {
+    if let Ok(header) = std::str::from_utf8(bytes) {
+        assert!(crate::registry::challenges(header).len() <= 8, "challenges are bounded");
+        let _ = crate::registry::begins_at(header, 5, 10);
+        let _ = crate::registry::parses(header);
+    }
+    assert!(crate::registry::words(bytes).len() <= 4 * 200 + 3, "repeated words are bounded");
 }
 
 /// Reads bytes as a layer's archive and writes what it means to nowhere; what was written is then

@@ -1,11 +1,15 @@
-//! Takes an OCI image layout in, from a tar stream or from a folder: blobs are checked as they are
-//! copied, and the image is recorded only when its layer disks are made.
+//! Takes an image in, from an OCI image layout (a tar stream or a folder) or an archive of `docker
+//! save`: blobs are checked as they are copied, and the image is recorded only when its layer disks
+//! are made.
+
+pub(crate) mod docker;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
+use self::docker::Docker;
 use crate::Digest;
 use crate::document::{self, Blob};
 use crate::error::ImageError;
@@ -30,7 +34,8 @@ pub struct Imported {
     pub layers: u32,
 }
 
-/// Imports an OCI image layout from a tar archive (plain, gzip or zstd), read as it comes.
+/// Imports an OCI image layout or an archive of `docker save` from a tar archive (plain, gzip or
+/// zstd), read as it comes. One that is both is read as the layout.
 pub fn import(
     store: &Store,
     archive: impl Read,
@@ -68,7 +73,7 @@ struct Staged<'s> {
     blobs: BTreeMap<Digest, u64>,
     index: Option<Vec<u8>>,
     layout: Option<Vec<u8>>,
-    docker: bool,
+    docker: Docker,
     /// Where blobs are fetched from on demand.
     folder: Option<PathBuf>,
 }
@@ -81,7 +86,7 @@ impl<'s> Staged<'s> {
             blobs: BTreeMap::new(),
             index: None,
             layout: None,
-            docker: false,
+            docker: Docker::default(),
             folder: None,
         })
     }
@@ -107,23 +112,36 @@ impl<'s> Staged<'s> {
             match (header.kind, path) {
                 (Type::Regular, b"oci-layout") => self.document("oci-layout", &mut reader)?,
                 (Type::Regular, b"index.json") => self.document("index.json", &mut reader)?,
-                (Type::Regular, b"manifest.json") => self.docker = true,
+                (Type::Regular, b"manifest.json") => self.document("manifest.json", &mut reader)?,
                 (Type::Regular, path) => {
-                    let name = path.strip_prefix(b"blobs/sha256/");
-                    let name = name.and_then(|name| std::str::from_utf8(name).ok());
-                    // Anything else is not ours to read: docker adds files of its own.
-                    let Some(name) = name else { continue };
-                    let Ok(digest) = Digest::from_hex(name) else {
-                        let why = "a blob that is not named by its SHA-256".into();
-                        return Err(ImageError::BadEntry { archive: ARCHIVE.into(), entry, why });
-                    };
-                    self.blob(digest, header.size, &mut reader, &mut |n| {
+                    let mut copied = |n| {
                         let before = read;
                         read += n;
                         if before >> 22 != read >> 22 {
                             progress(Progress { stage: "reading".into(), done: read, total: 0 });
                         }
-                    })?;
+                    };
+                    let name = path.strip_prefix(b"blobs/sha256/");
+                    match name.and_then(|name| std::str::from_utf8(name).ok()) {
+                        Some(name) => {
+                            let Ok(digest) = Digest::from_hex(name) else {
+                                let why = "a blob that is not named by its SHA-256".into();
+                                let archive = ARCHIVE.into();
+                                return Err(ImageError::BadEntry { archive, entry, why });
+                            };
+                            self.blob(digest, header.size, &mut reader, &mut copied)?;
+                        }
+                        None if docker::is_part(path) => {
+                            let number = entries;
+                            let size = header.size;
+                            self.part(path, (number, size), &mut reader, &mut copied)?;
+                        }
+                        // Anything else is not ours to read: docker adds files of its own.
+                        None => {}
+                    }
+                }
+                (Type::Symlink | Type::HardLink, path) if docker::is_part(path) => {
+                    self.docker.add_link(path, &header.link, header.kind == Type::HardLink);
                 }
                 (Type::Directory, _) => {}
                 _ => {
@@ -144,6 +162,7 @@ impl<'s> Staged<'s> {
         }
         match name {
             "oci-layout" => self.layout = Some(bytes),
+            "manifest.json" => self.docker.set_manifest(bytes),
             _ => self.index = Some(bytes),
         }
         Ok(())
@@ -172,6 +191,43 @@ impl<'s> Staged<'s> {
         }
         self.blobs.insert(digest, bytes);
         Ok(())
+    }
+
+    /// Copies a file that may be a part of docker's image: nobody has said its digest yet.
+    fn part(
+        &mut self,
+        path: &[u8],
+        (number, size): (u64, u64),
+        input: &mut dyn Read,
+        copied: &mut dyn FnMut(u64),
+    ) -> Result<(), ImageError> {
+        self.store.check_space(size)?;
+        let scratch = self.scratch.path(&format!("part-{number}"));
+        let (digest, size) = copy_blob(input, &scratch, copied).map_err(|error| match error {
+            ImageError::Input(error) => input_error(error),
+            other => other,
+        })?;
+        self.docker.add_part(path, Blob { digest, size });
+        let known = self.blobs.contains_key(&digest) || self.store.blob(&digest).exists();
+        if known {
+            return fs::remove_file(&scratch).map_err(|e| ImageError::io("remove", scratch, e));
+        }
+        let to = self.scratch.path(&digest.hex());
+        fs::rename(&scratch, &to).map_err(|e| ImageError::io("rename to", to, e))?;
+        self.blobs.insert(digest, size);
+        Ok(())
+    }
+
+    /// Writes the manifest that docker's archive amounts to.
+    fn docker_manifest(&mut self) -> Result<Digest, ImageError> {
+        let find = |digest: &Digest| {
+            let size = fs::metadata(self.path_of(digest)).ok()?.len();
+            Some(Blob { digest: *digest, size })
+        };
+        let bytes = self.docker.to_manifest(&find)?.into_bytes();
+        let digest = Digest::of(&bytes);
+        self.blob(digest, bytes.len() as u64, &mut &bytes[..], &mut |_| {})?;
+        Ok(digest)
     }
 
     /// Where a blob is: in the store, or still in the scratch folder.
@@ -238,8 +294,8 @@ impl<'s> Staged<'s> {
         for layer in &manifest.layers {
             self.want_sized(*layer, "layer")?;
         }
-        let path_of = |blob: &Digest| self.path_of(blob);
-        make_layers(self.store, &manifest, &config, &path_of, progress)?;
+        let mut path_of = |blob: &Digest| self.path_of(blob);
+        make_layers(self.store, &manifest, &config, &mut path_of, progress)?;
         for blob in [&manifest.config].into_iter().chain(&manifest.layers) {
             self.keep(blob.digest)?;
         }
@@ -253,13 +309,11 @@ impl<'s> Staged<'s> {
     /// Follows the index to the one image for this machine.
     fn choose(&mut self) -> Result<Digest, ImageError> {
         let Some(index) = self.index.take() else {
-            return Err(ImageError::NotALayout(if self.docker {
-                "it is an archive of `docker save` without one: convert it with `skopeo copy \
-                 docker-archive:FILE oci-archive:NEW`"
-                    .into()
-            } else {
-                "there is no index.json".into()
-            }));
+            if self.docker.is_there() {
+                return self.docker_manifest();
+            }
+            let why = "there is neither index.json nor docker's manifest.json";
+            return Err(ImageError::NotALayout(why.into()));
         };
         self.check_layout()?;
         let mut indexes = vec![(document::index(&index)?, 0)];

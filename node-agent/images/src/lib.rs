@@ -2,9 +2,10 @@
 //! system served as an image.
 //!
 //! In reading order: [`Store`] is the content-addressed folder that everything is kept in,
-//! [`import()`] takes an OCI image layout in, [`prepare()`] makes its layers into squashfs disks,
-//! [`collect()`] removes what no image needs, and [`local`] builds and serves the image of the machine itself. All of it is synchronous: async
-//! callers run it on blocking threads. What strangers wrote (archives, documents, a guest's
+//! [`import()`] takes an OCI image layout in, [`registry`] pulls an image, [`prepare()`] makes its
+//! layers into squashfs disks, [`collect()`] removes what no image needs, and [`local`] builds and
+//! serves the image of the machine itself. All but [`registry`] is synchronous: async callers run it
+//! on blocking threads. What strangers wrote (archives, documents, a registry's answers, a guest's
 //! requests) is bounded and checked here, and nothing of it is ever unpacked onto the host.
 
 mod collect;
@@ -18,6 +19,7 @@ mod layer;
 pub mod limits;
 pub mod local;
 mod prepare;
+pub mod registry;
 mod store;
 mod tar;
 

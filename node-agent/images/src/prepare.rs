@@ -15,6 +15,7 @@ use crate::layer::listing::Listing;
 use crate::layer::normal::{self, Archive, Budget};
 use crate::limits;
 use crate::store::{OnProgress, Progress, Store, read_document};
+use tokio::sync::OwnedSemaphorePermit;
 
 /// An image ready to be mounted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +41,8 @@ pub fn prepare(
     let manifest = document::manifest(&read_document(&store.blob(digest), digest, "manifest")?)?;
     let of_config = manifest.config.digest;
     let config = document::config(&read_document(&store.blob(&of_config), &of_config, "config")?)?;
-    let layers = make_layers(store, &manifest, &config, &|blob| store.blob(blob), progress)?;
+    let mut here = |blob: &Digest| store.blob(blob);
+    let layers = make_layers(store, &manifest, &config, &mut here, progress)?;
     Ok(Prepared { digest: *digest, layers, config: config.config })
 }
 
@@ -51,15 +53,35 @@ struct Disk {
     count: usize,
 }
 
-/// Where a blob's file is.
-type PathOf<'p> = &'p dyn Fn(&Digest) -> PathBuf;
+/// The blobs that disks are made of.
+pub(crate) trait Blobs {
+    /// Where a blob's file is, or will be.
+    fn path(&self, digest: &Digest) -> PathBuf;
 
-/// Makes the disks of an image whose blobs are all where `path_of` says.
+    /// Returns when these blobs are here.
+    fn wait(&mut self, _blobs: &[Blob]) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    /// Waits for the right to use the machine for one disk; held while it is made.
+    fn turn(&mut self) -> Option<OwnedSemaphorePermit> {
+        None
+    }
+}
+
+/// Blobs that are all here.
+impl<F: Fn(&Digest) -> PathBuf> Blobs for F {
+    fn path(&self, digest: &Digest) -> PathBuf {
+        self(digest)
+    }
+}
+
+/// Makes the disks of an image.
 pub(crate) fn make_layers(
     store: &Store,
     manifest: &Manifest,
     config: &Config,
-    path_of: PathOf<'_>,
+    blobs: &mut dyn Blobs,
     progress: OnProgress<'_>,
 ) -> Result<Vec<PathBuf>, ImageError> {
     if manifest.layers.len() != config.diff_ids.len() {
@@ -78,10 +100,16 @@ pub(crate) fn make_layers(
         let is_empty = match state(store, disk) {
             Some(is_empty) => is_empty,
             None => {
+                // Before the lock, which others wait for: blobs may take long to come.
+                let needed: Vec<_> = disk.layers.iter().map(|(_, blob, _)| *blob).collect();
+                blobs.wait(&needed)?;
                 let _lock = store.lock(&disk.key, progress)?;
                 match state(store, disk) {
                     Some(is_empty) => is_empty,
-                    None => make_disk(store, disk, below, path_of, &mut budget, progress)?,
+                    None => {
+                        let _turn = blobs.turn();
+                        make_disk(store, disk, below, blobs, &mut budget, progress)?
+                    }
                 }
             }
         };
@@ -173,7 +201,7 @@ fn make_disk(
     store: &Store,
     disk: &Disk,
     below: Option<&Disk>,
-    path_of: PathOf<'_>,
+    blobs: &dyn Blobs,
     budget: &mut Budget,
     progress: OnProgress<'_>,
 ) -> Result<bool, ImageError> {
@@ -183,13 +211,13 @@ fn make_disk(
         } else {
             format!("layers {} to {} of {}", first + 1, last + 1, disk.count)
         };
-        progress(Progress { stage, done: *first as u64, total: disk.count as u64 });
+        progress(Progress { stage, done: 0, total: 0 });
     }
     let lower = match below {
         Some(below) => read_listing(store, &below.key)?,
         None => Listing::default(),
     };
-    let archives: Vec<_> = disk.layers.iter().map(|layer| archive(path_of, *layer)).collect();
+    let archives: Vec<_> = disk.layers.iter().map(|layer| archive(blobs, *layer)).collect();
     let outcome = normal::scan(&archives, &lower, budget)?;
     let is_empty = outcome.is_empty();
     if !is_empty {
@@ -224,8 +252,8 @@ fn read_listing(store: &Store, key: &Digest) -> Result<Listing, ImageError> {
     })
 }
 
-fn archive<'a>(path_of: PathOf<'_>, (number, blob, diff_id): (usize, Blob, Digest)) -> Archive<'a> {
-    let path = path_of(&blob.digest);
+fn archive<'a>(blobs: &dyn Blobs, (number, blob, diff_id): (usize, Blob, Digest)) -> Archive<'a> {
+    let path = blobs.path(&blob.digest);
     Archive {
         name: format!("layer {}", number + 1),
         diff_id: Some(diff_id),

@@ -1,9 +1,10 @@
-//! The folder that images are kept in, by content: `<cache>/images/{blobs/sha256,layers,images,
-//! locks,tmp}`.
+//! The folder that images are kept in, by content: `<cache>/images/{blobs/sha256,partial,layers,
+//! images,locks,tmp}`.
 //!
 //! A file appears under its final name only when it is whole and on disk (written in `tmp`,
 //! synced, renamed), so whoever finds a file may use it, and work that was cut off leaves nothing
-//! but leftovers in `tmp`, which the next [`Store::open`] removes.
+//! but leftovers in `tmp`, which the next [`Store::open`] removes, and in `partial`, which the next
+//! pull goes on from.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -66,7 +67,7 @@ impl Store {
     /// imports left.
     pub fn open(cache: &Path) -> Result<Store, ImageError> {
         let root = cache.join("images");
-        for folder in ["blobs/sha256", "layers", "images", "locks", "tmp"] {
+        for folder in ["blobs/sha256", "partial", "layers", "images", "locks", "tmp"] {
             let folder = root.join(folder);
             fs::DirBuilder::new()
                 .recursive(true)
@@ -76,6 +77,7 @@ impl Store {
         }
         let store = Store { root };
         store.remove_leftovers();
+        store.remove_old_partials();
         Ok(store)
     }
 
@@ -121,6 +123,11 @@ impl Store {
 
     pub(crate) fn blob(&self, digest: &Digest) -> PathBuf {
         self.root.join("blobs/sha256").join(digest.hex())
+    }
+
+    /// Where a blob is while it is downloaded.
+    pub(crate) fn partial(&self, digest: &Digest) -> PathBuf {
+        self.root.join("partial").join(digest.hex())
     }
 
     /// The file of a layer disk, or of what belongs to it.
@@ -253,6 +260,23 @@ impl Store {
         }
     }
 
+    /// A download that nobody went on with for long is not wanted any more.
+    fn remove_old_partials(&self) {
+        const AGE_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+        let Ok(entries) = fs::read_dir(self.root.join("partial")) else { return };
+        for entry in entries.flatten() {
+            let age = entry.metadata().and_then(|meta| meta.modified());
+            let age = age.ok().and_then(|at| at.elapsed().ok());
+            if age.is_none_or(|age| age <= AGE_MAX) {
+                continue;
+            }
+            let Ok(file) = File::open(entry.path()) else { continue };
+            if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     /// A folder or file in `tmp` that nobody holds is of a process that died.
     fn remove_leftovers(&self) {
         /// A file is written within this time, or its writer is gone.
@@ -313,7 +337,8 @@ impl Drop for Lock {
     }
 }
 
-fn is_same(file: &File, path: &Path) -> bool {
+/// Whether an open file is still the one of this name.
+pub(crate) fn is_same(file: &File, path: &Path) -> bool {
     let id = |meta: fs::Metadata| (meta.dev(), meta.ino());
     file.metadata()
         .ok()

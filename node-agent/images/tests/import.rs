@@ -429,7 +429,60 @@ fn an_unknown_image_and_other_archives_say_what_to_do() {
     assert!(error.contains("tow image import"), "{error}");
     let docker = archive_of(&[("manifest.json".into(), b"[]".to_vec())]);
     let error = refused_archive(&docker).to_string();
-    assert!(error.contains("skopeo copy"), "{error}");
+    assert!(error.contains("save one alone"), "{error}");
+    let other = archive_of(&[("hello".into(), b"world".to_vec())]);
+    let error = refused_archive(&other).to_string();
+    assert!(error.contains("neither an OCI image layout nor an archive of docker save"), "{error}");
+}
+
+/// An archive as an old `docker save` writes it: the manifest last, one layer linked to another.
+#[test]
+fn an_archive_of_docker_save_is_imported() {
+    if !has_tools() {
+        return;
+    }
+    let same = Layer::new().file("once", 0o644, b"once").finish();
+    let upper = Layer::new().file("upper", 0o644, b"upper").file(".wh.once", 0o644, b"").finish();
+    let ids = [&same, &upper, &same].map(|layer| towline_images::Digest::of(layer).to_string());
+    let ours = Layout::new(vec![]).platform;
+    let architecture = ours.strip_prefix("linux/").unwrap();
+    let config = format!(
+        r#"{{"os":"linux","architecture":"{architecture}","config":{{"Env":["A=b"]}},"rootfs":{{"type":"layers","diff_ids":["{}","{}","{}"]}}}}"#,
+        ids[0], ids[1], ids[2]
+    );
+    let manifest = r#"[{"Config":"c.json","RepoTags":["x:1"],"Layers":["a/layer.tar","b/layer.tar","c/layer.tar"]}]"#;
+    let archive = Layer::new()
+        .folder("a", 0o755)
+        .file("a/VERSION", 0o644, b"1.0")
+        .file("a/json", 0o644, b"{}")
+        .file("a/layer.tar", 0o644, &same)
+        .file("b/layer.tar", 0o644, &upper)
+        .symlink("c/layer.tar", "../a/layer.tar")
+        .file("c.json", 0o644, config.as_bytes())
+        .file("manifest.json", 0o644, manifest.as_bytes())
+        .file("repositories", 0o644, b"{}")
+        .finish();
+    let cache = tempfile::tempdir().unwrap();
+    let store = Store::open(cache.path()).unwrap();
+    let image = import(&store, &archive[..], &mut |_| {}).unwrap();
+    let again = import(&store, &towline_images::fixture::gzip(&archive)[..], &mut |_| {}).unwrap();
+    assert_eq!(image, again, "the same archive is the same image");
+    let prepared = prepare(&store, &image.digest, &mut |_| {}).unwrap();
+    assert_eq!(prepared.layers.len(), 3);
+    assert_eq!(content(&prepared.layers[2], "once"), b"once");
+    assert_eq!(prepared.config.env, [b"A=b"]);
+
+    // A layer that is not what the config says.
+    let wrong = config.replacen(&ids[0], &ids[1], 1);
+    let archive = Layer::new()
+        .file("a/layer.tar", 0o644, &same)
+        .file("b/layer.tar", 0o644, &upper)
+        .symlink("c/layer.tar", "../a/layer.tar")
+        .file("c.json", 0o644, wrong.as_bytes())
+        .file("manifest.json", 0o644, manifest.as_bytes())
+        .finish();
+    let error = refused_archive(&archive).to_string();
+    assert!(error.contains("layer 1 does not have the content"), "{error}");
 }
 
 #[test]

@@ -1318,6 +1318,7 @@ pub struct ImagePullOpen {
     pub insecure: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct RegistryCredentials {
     #[prost(string, tag = "1")]
     pub username: ::prost::alloc::string::String,

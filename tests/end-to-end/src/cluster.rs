@@ -22,6 +22,7 @@ pub struct Cluster {
     root: TempDir,
     bin: PathBuf,
     variables: Vec<(&'static str, &'static str)>,
+    own_cache: bool,
 }
 
 impl Cluster {
@@ -50,13 +51,29 @@ impl Cluster {
         for folder in ["run", "home", "data", "config", "state", "work"] {
             std::fs::create_dir(root.path().join(folder)).map_err(|e| e.to_string())?;
         }
-        Ok(Self { root, bin, variables: Vec::new() })
+        Ok(Self { root, bin, variables: Vec::new(), own_cache: false })
     }
 
     /// The same with one more variable in its environment.
     #[must_use]
     pub fn with(mut self, name: &'static str, value: &'static str) -> Self {
         self.variables.push((name, value));
+        self
+    }
+
+    /// Gives it an image store of its own, which begins empty; guest kernels stay the caller's.
+    #[track_caller]
+    pub fn with_own_images(mut self) -> Self {
+        let shared = self.cache();
+        let own = self.root().join("cache");
+        std::fs::create_dir(&own).expect("a cache");
+        for entry in std::fs::read_dir(shared).into_iter().flatten().flatten() {
+            if entry.file_name() != "images" {
+                let link = own.join(entry.file_name());
+                std::os::unix::fs::symlink(entry.path(), link).expect("a link to the cache");
+            }
+        }
+        self.own_cache = true;
         self
     }
 
@@ -85,6 +102,9 @@ impl Cluster {
 
     /// Guest kernels and layers: the caller's own cache, so that the kernel is downloaded once.
     pub fn cache(&self) -> PathBuf {
+        if self.own_cache {
+            return self.root().join("cache");
+        }
         let from = |name: &str| std::env::var_os(name).map(PathBuf::from);
         let base = from("XDG_CACHE_HOME").or_else(|| from("HOME").map(|home| home.join(".cache")));
         from("TOWLINE_CACHE")

@@ -7,6 +7,7 @@
 pub mod cluster;
 pub mod oci;
 pub mod process;
+pub mod registry;
 pub mod run;
 pub mod terminal;
 

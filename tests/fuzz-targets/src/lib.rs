@@ -69,6 +69,22 @@ pub fn oci_documents(bytes: &[u8]) {
     towline_images::fuzzing::oci_document(bytes);
 }
 
+/// What a registry says besides documents: challenges, refusals, ranges; and references as typed.
+pub fn registry_answers(bytes: &[u8]) {
+    towline_images::fuzzing::registry_answer(bytes);
+}
+
+/// `manifest.json` of a `docker save` archive, and the laptop's docker configuration.
+pub fn docker_documents(bytes: &[u8]) {
+    towline_images::fuzzing::docker_manifest(bytes);
+    let Ok(config) = towline_client::registry_login::Config::parse(bytes) else { return };
+    for (registry, repository) in [("docker.io", "library/x"), ("quay.io", "team/x"), ("", "")] {
+        drop(config.stored(registry, repository));
+        let helper = config.helper(registry);
+        assert!(helper.is_none_or(|program| !program.contains('/')), "a helper is no path");
+    }
+}
+
 /// A layer's tar archive, normalised into a sink.
 pub fn layer_archives(bytes: &[u8]) {
     towline_images::fuzzing::layer_archive(bytes);

@@ -30,4 +30,7 @@ macro_rules! replays {
     };
 }
 
-replays! { frames guest_messages oci_documents layer_archives fuse_requests sync_frames }
+replays! {
+    frames guest_messages oci_documents registry_answers docker_documents layer_archives
+    fuse_requests sync_frames
+}

@@ -19,6 +19,9 @@ pub const MESSAGES_DIR: &str = "proto/src/generated";
 /// Where the committed services lie.
 pub const SERVICES_DIR: &str = "proto/link/src/generated";
 
+/// Messages that must not be printed; `proto/src/secret.rs` has their `Debug`.
+const SECRET: [&str; 1] = [".towline.v1.RegistryCredentials"];
+
 /// Writes messages and services below `out`.
 pub fn generate(root: &Path, messages: &Path, services: &Path) -> Result<()> {
     let schema = root.join("proto/schema");
@@ -34,6 +37,7 @@ pub fn generate(root: &Path, messages: &Path, services: &Path) -> Result<()> {
         .out_dir(messages)
         .bytes([".towline.v1.LogEntry"])
         .btree_map(["."])
+        .skip_debug(SECRET)
         .compile_fds(without_services(descriptors.clone()))
         .context("generating messages")?;
     tonic_prost_build::configure()

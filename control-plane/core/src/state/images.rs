@@ -55,7 +55,7 @@ impl Images {
 fn no_image(name: &str) -> Refusal {
     let name: String = name.chars().take(200).collect();
     Refusal::not_found(format!(
-        "no image `{}`: bring it in with `tow image import`, list with `tow image ls`",
+        "no image `{}`: bring it in with `tow image pull` or `tow image import`, list with `tow image ls`",
         name.escape_debug()
     ))
 }

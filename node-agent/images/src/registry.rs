@@ -1,0 +1,38 @@
+//! Pulling an image from a registry, by the OCI distribution specification and what docker's
+//! registries do besides.
+//!
+//! In reading order: [`reference`] is what was asked for, [`session`] talks to one registry
+//! (`transport` sends, `reach` says whereto, `challenge` and `token` log in), [`manifest`] chooses
+//! the image, [`blob`] fetches its parts, [`pull`] does all of it. A registry is a stranger: all
+//! that it says is bounded, checked against digests, and followed only where the registry itself
+//! may be reached. Credentials go to the registry and to the token service that it names, to
+//! nobody else, and are kept nowhere.
+
+mod blob;
+mod board;
+mod challenge;
+mod credentials;
+mod error;
+mod manifest;
+mod pace;
+mod pull;
+mod reach;
+mod reference;
+mod session;
+mod token;
+mod transport;
+
+pub use credentials::Credentials;
+pub use error::PullError;
+pub use pace::Pace;
+pub use pull::{PullRequest, Puller};
+pub use reach::Private;
+
+pub(crate) use blob::begins_at;
+pub(crate) use challenge::challenges;
+pub(crate) use session::words;
+
+/// Whether a text is a reference, for fuzzing.
+pub(crate) fn parses(text: &str) -> bool {
+    reference::Reference::parse(text).is_ok()
+}

@@ -1,0 +1,170 @@
+//! Images from a real registry and from archives, to a program that runs in a microVM.
+#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::json;
+use towline_end_to_end::cluster::{BOOT, SHORT};
+use towline_end_to_end::oci::{File, layer, layout};
+use towline_end_to_end::registry::Registry;
+use towline_end_to_end::run::Running;
+use towline_end_to_end::{Cluster, skipped};
+
+/// An image whose every setting shows in what it prints, with a layer of noise.
+fn image(folder: &Path, busybox: &[u8]) -> PathBuf {
+    let program = |path| File { path, mode: 0o755, content: busybox };
+    let text = |path, content| File { path, mode: 0o644, content };
+    let lower = layer(&[
+        program("bin/sh"),
+        program("bin/id"),
+        program("bin/pwd"),
+        program("bin/cat"),
+        text("etc/passwd", b"root:x:0:0::/root:/bin/sh\napp:x:1234:1234::/srv:/bin/sh\n"),
+        text("etc/group", b"root:x:0:\napp:x:1234:\n"),
+        text("srv/deleted", b"deleted"),
+    ]);
+    let mut noise = 1u32;
+    let content: Vec<u8> = std::iter::repeat_with(|| {
+        noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        noise.to_be_bytes()[0]
+    })
+    .take(3 << 20)
+    .collect();
+    let upper = layer(&[
+        text("srv/.wh.deleted", b""),
+        text("srv/kept", b"kept"),
+        text("srv/noise", &content),
+    ]);
+    let config = json!({
+        "Env": ["PATH=/bin", "GREETING=hello"], "User": "app", "WorkingDir": "/srv",
+        "Entrypoint": ["/bin/sh", "-c"], "Cmd": ["echo $GREETING; pwd; id -un; echo *; cat kept"],
+    });
+    let path = folder.join("layout");
+    layout(&path, &[lower, upper], &config);
+    path
+}
+
+const PRINTED: &str = "hello\n/srv\napp\nkept noise\nkept";
+
+#[test]
+fn an_image_comes_from_a_registry_whatever_happens_to_it() {
+    let Ok(busybox) = fs::read("/bin/busybox") else {
+        skipped!("/bin/busybox (busybox-static) is not installed: make test installs it");
+    };
+    let cluster = match Cluster::prepare().map(Cluster::with_own_images) {
+        Ok(cluster) => cluster,
+        Err(why) => skipped!("{why}"),
+    };
+    let mut registry = match Registry::start(&cluster.root().join("registry"), false) {
+        Ok(registry) => registry,
+        Err(why) => skipped!("{why}"),
+    };
+    let layout = image(cluster.root(), &busybox);
+    registry.push(&layout, "x");
+    let name = format!("{}/x", registry.address());
+    let run = || cluster.tow(["run", "--rm", "--no-sync", "--image", &name]).finish(BOOT);
+    cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+
+    // It lies about a digest.
+    let blob = registry.blob(registry.layers("x").last().unwrap());
+    let honest = fs::read(&blob).unwrap();
+    let mut wrong = honest.clone();
+    wrong[1 << 20] ^= 1;
+    fs::write(&blob, &wrong).unwrap();
+    let failed = run().expect(125);
+    assert!(failed.err().contains("does not have the content that its digest"), "{}", failed.err());
+
+    // It dies in the middle: what came is on disk, and the next pull goes on from there.
+    fs::write(&blob, &honest[..2 << 20]).unwrap();
+    let failed = run().expect(125);
+    assert!(failed.err().contains("of layer 2 of 2 after"), "{}", failed.err());
+    registry.stop();
+    let failed = run().expect(125);
+    assert!(failed.err().contains("could not reach the registry"), "{}", failed.err());
+    assert!(cluster.json(["image", "ls", "--json"]).is_empty(), "no half image has a name");
+    let partial = fs::read_dir(cluster.cache().join("images/partial")).unwrap();
+    let kept: u64 = partial.flatten().map(|entry| entry.metadata().unwrap().len()).sum();
+    assert_eq!(kept, 2 << 20, "what came is kept");
+    fs::write(&blob, &honest).unwrap();
+    registry.start_again();
+    assert_eq!(run().ok().out(), PRINTED);
+    let partial = fs::read_dir(cluster.cache().join("images/partial")).unwrap();
+    assert_eq!(partial.count(), 0, "nothing is left behind");
+
+    // The name is the cluster's now: no registry is needed any more, another name neither.
+    registry.stop();
+    let images = cluster.json(["image", "ls", "--json"]);
+    assert_eq!(images[0]["name"], json!(name));
+    cluster.tow(["image", "tag", &name, "mine:1"]).finish(SHORT).ok();
+    let shown =
+        cluster.tow(["run", "--rm", "--no-sync", "--image", "mine:1"]).finish(BOOT).ok().out();
+    assert_eq!(shown, PRINTED);
+}
+
+#[test]
+fn a_registry_with_logins_and_archives_of_docker() {
+    let Ok(busybox) = fs::read("/bin/busybox") else {
+        skipped!("/bin/busybox (busybox-static) is not installed: make test installs it");
+    };
+    let cluster = match Cluster::prepare().map(Cluster::with_own_images) {
+        Ok(cluster) => cluster,
+        Err(why) => skipped!("{why}"),
+    };
+    let registry = match Registry::start(&cluster.root().join("registry"), true) {
+        Ok(registry) => registry,
+        Err(why) => skipped!("{why}"),
+    };
+    let layout = image(cluster.root(), &busybox);
+    registry.push(&layout, "x");
+    let name = format!("{}/x", registry.address());
+    cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+    let pull = || cluster.tow(["image", "pull", "--json", &name]).finish(SHORT);
+
+    let failed = pull().expect(1);
+    let hint = format!("`docker login {}`", registry.address());
+    assert!(failed.err().contains("wants a login") && failed.err().contains(&hint));
+    let docker = cluster.home().join(".docker");
+    fs::create_dir_all(&docker).unwrap();
+    let config = docker.join("config.json");
+    // alice:wrong, then a helper that knows better.
+    let auths = json!({"auths": {registry.address(): {"auth": "YWxpY2U6d3Jvbmc="}}});
+    fs::write(&config, auths.to_string()).unwrap();
+    let failed = pull().expect(1);
+    assert!(failed.err().contains("does not accept the credentials"), "{}", failed.err());
+    let helpers = cluster.root().join("helpers");
+    fs::create_dir_all(&helpers).unwrap();
+    let helper = helpers.join("docker-credential-test");
+    let script = format!(
+        "#!/bin/sh\nread -r server || [ -n \"$server\" ]\n[ \"$1 $server\" = \"get {}\" ] || exit 1\n\
+         echo '{{\"Username\":\"alice\",\"Secret\":\"s3cret\"}}'\n",
+        registry.address()
+    );
+    fs::write(&helper, script).unwrap();
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    fs::set_permissions(&helper, executable).unwrap();
+    let stores = json!({"credHelpers": {registry.address(): "test"}});
+    fs::write(&config, stores.to_string()).unwrap();
+    let mut command =
+        cluster.tow_command(&cluster.root().join("work"), ["image", "pull", "--json"]);
+    let path = std::env::var("PATH").unwrap();
+    command.arg(&name).env("PATH", format!("{}:{path}", helpers.display()));
+    let pulled = Running::start(&mut command, None).finish(SHORT).ok();
+    let pulled: serde_json::Value = serde_json::from_str(&pulled.out()).unwrap();
+    assert_eq!(pulled["name"], json!(name));
+    let logs = cluster.logs();
+    assert!(!logs.contains("s3cret") && !logs.contains("YWxpY2U6"), "no log knows a password");
+
+    // The same image as `docker save` writes it, by skopeo's own hand.
+    let archive = cluster.root().join("saved.tar");
+    let mut command = Command::new("skopeo");
+    command.args(["copy", "--quiet", "--insecure-policy"]);
+    command.arg(format!("oci:{}", layout.display()));
+    command.arg(format!("docker-archive:{}:saved:1", archive.display()));
+    Running::start(&mut command, None).finish(SHORT).ok();
+    cluster.tow(["image", "import", archive.to_str().unwrap(), "saved:1"]).finish(SHORT).ok();
+    let shown =
+        cluster.tow(["run", "--rm", "--no-sync", "--image", "saved:1"]).finish(BOOT).ok().out();
+    assert_eq!(shown, PRINTED);
+}
