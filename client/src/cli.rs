@@ -53,6 +53,8 @@ pub enum Verb {
     Inspect(commands::inspect::InspectArgs),
     /// Show the output of a sandbox's main command
     Logs(commands::logs::LogsArgs),
+    /// Copy files to and from a running sandbox
+    Cp(commands::cp::CpArgs),
     /// Show and publish a sandbox's ports
     Ports(commands::ports::PortsArgs),
     /// Stop sandboxes; their disks are kept
@@ -116,7 +118,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 const LATER_VERBS: &[&str] = &[
     "why",
     "events",
-    "cp",
     "sync",
     "pause",
     "resume",

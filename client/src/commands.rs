@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod completions;
+pub mod cp;
 pub mod create;
 pub mod daemon;
 pub mod doctor;
@@ -50,6 +51,7 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Ls(args) => ls::run(args, &env).await,
         Verb::Inspect(args) => inspect::run(args, &env).await,
         Verb::Logs(args) => Box::pin(logs::run(args, &env)).await,
+        Verb::Cp(args) => Box::pin(cp::run(args, &env)).await,
         Verb::Ports(args) => Box::pin(ports::run(args, &env)).await,
         Verb::Stop(args) => stop::run(args, &env).await,
         Verb::Start(args) => start::run(args, &env).await,

@@ -3,6 +3,7 @@
 //! The daemon and the node only splice; the two ends of every protocol here are `tow` and the
 //! guest agent. What a guest sends is checked here before it touches anything.
 
+pub mod copy;
 pub mod exec;
 pub mod files;
 pub mod guest;

@@ -9,6 +9,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use daemon_fakes::{Cluster, TestDaemon};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use towline_client::daemon::client::{OpenError, OpenedStream};
 use towline_client::session::Session;
@@ -16,7 +18,8 @@ use towline_link::status::RpcError;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::ids::SandboxId;
 use towline_proto::v1::{
-    ImageImportOpen, OpenSandboxStream, PingOpen, StreamErrorCode, StreamOpen, stream_open::Kind,
+    ImageImportOpen, ListPorts, OpenSandboxStream, PingOpen, PortMapping, PublishPorts,
+    PublishedPort, StreamErrorCode, StreamOpen, UnpublishPorts, stream_open::Kind,
 };
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
@@ -426,4 +429,113 @@ async fn measure_pings() {
         let line = format!("ping, guest {guest}: p50 {:?}, p99 {:?}", took[100], took[198]);
         writeln!(std::io::stderr(), "{line}").unwrap();
     }
+}
+
+/// A server in the sandbox that answers each line with the same; returns its port.
+async fn echo_server(tasks: &mut JoinSet<()>) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    tasks.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((mut stream, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let (mut read, mut write) = stream.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    port
+}
+
+async fn ask(port: u32, question: &[u8]) -> std::io::Result<Vec<u8>> {
+    let port = u16::try_from(port).unwrap();
+    let asking = async {
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
+        stream.write_all(question).await?;
+        stream.shutdown().await?;
+        let mut answer = Vec::new();
+        stream.read_to_end(&mut answer).await?;
+        Ok(answer)
+    };
+    tokio::time::timeout(Duration::from_secs(60), asking).await.expect("an answer in time")
+}
+
+fn publish(port: u16, leased: bool) -> PublishPorts {
+    PublishPorts {
+        sandbox_id: vec![5; 16],
+        sandbox_name: "web".into(),
+        ports: vec![PortMapping { host: Vec::new(), host_port: 0, port: port.into() }],
+        leased,
+    }
+}
+
+impl Setup {
+    async fn ports(&self) -> Vec<PublishedPort> {
+        let all = ListPorts { sandbox_id: Vec::new() };
+        self.daemon.client.list_ports(all).await.unwrap()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_kept_port_serves_many_and_comes_back_where_it_was_after_a_kill() {
+    let setup = setup().await;
+    let mut servers = JoinSet::new();
+    let inside = echo_server(&mut servers).await;
+    let (ports, _) = setup.daemon.client.publish(publish(inside, false)).await.unwrap();
+    let port = ports[0].host_port;
+    assert!(ports[0].problem.is_empty() && !ports[0].leased, "{ports:?}");
+    let mut asking = JoinSet::new();
+    for number in 0..100u32 {
+        asking.spawn(async move {
+            let question = number.to_le_bytes().repeat(1000);
+            assert!(ask(port, &question).await.unwrap() == question);
+        });
+    }
+    while let Some(asked) = asking.join_next().await {
+        asked.unwrap();
+    }
+    // Again is harmless.
+    let (again, _) = setup.daemon.client.publish(publish(inside, false)).await.unwrap();
+    assert_eq!(again, ports);
+
+    setup.daemon.kill().await;
+    assert!(ask(port, b"anybody?").await.is_err());
+    let back = setup.ports().await;
+    assert_eq!((back.len(), back[0].host_port), (1, port));
+    assert_eq!(ask(port, b"still there").await.unwrap(), b"still there");
+
+    let unpublish = UnpublishPorts { sandbox_id: vec![5; 16], ports: Vec::new() };
+    assert!(setup.daemon.client.unpublish(unpublish).await.unwrap().is_empty());
+    assert!(ask(port, b"gone?").await.is_err());
+    setup.daemon.kill().await;
+    assert!(setup.ports().await.is_empty());
+    setup.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_leased_port_ends_with_its_client_and_a_removed_sandboxs_by_itself() {
+    let setup = setup().await;
+    let mut servers = JoinSet::new();
+    let inside = echo_server(&mut servers).await;
+    let (ports, lease) = setup.daemon.client.publish(publish(inside, true)).await.unwrap();
+    let port = ports[0].host_port;
+    assert!(ports[0].leased);
+    assert_eq!(ask(port, b"leased").await.unwrap(), b"leased");
+    drop(lease);
+    while !setup.ports().await.is_empty() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!(ask(port, b"gone?").await.is_err());
+
+    let (ports, _) = setup.daemon.client.publish(publish(inside, false)).await.unwrap();
+    assert_eq!(ask(ports[0].host_port, b"kept").await.unwrap(), b"kept");
+    setup.cluster.world.sandboxes.lock().unwrap().clear();
+    let gone = async {
+        while !setup.ports().await.is_empty() {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(60), gone).await.expect("the daemon notices");
+    assert!(ask(ports[0].host_port, b"gone?").await.is_err());
+    setup.end().await;
 }

@@ -1,8 +1,7 @@
 //! What both ends of a durable stream keep, without IO: bytes that the other end has not
 //! acknowledged, how far each direction came, and what may be sent next.
 //!
-//! [`Outbound`] and [`Inbound`] are one direction each; execs use them for their input and output.
-//! [`Durable`] is both directions of a forwarded connection, the same at the laptop and in the guest:
+//! [`Outbound`] and [`Inbound`] are one direction each. [`Durable`] is both directions of a forwarded connection, the same at the laptop and in the guest:
 //!
 //! ```text
 //! attach --> live --TCP_DATA, TCP_EOF, TCP_ACK--> complete     (both ends are acknowledged)

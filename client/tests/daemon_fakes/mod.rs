@@ -13,6 +13,8 @@ use tokio::task::JoinSet;
 use towline_client::config::Context;
 use towline_client::daemon::client::DaemonClient;
 use towline_client::daemon::place::Place;
+use towline_guest_agent::forward::Forwards;
+use towline_guest_agent::tcp::{self, TcpTable};
 use towline_link::authority::CertificateAuthority;
 use towline_link::endpoint::{LinkConnection, LinkServer};
 use towline_link::identity::{Identity, LeafKey, Role};
@@ -33,8 +35,9 @@ pub(crate) fn node_id() -> NodeId {
 }
 
 /// What the fakes answer and have seen.
-#[derive(Default)]
 pub(crate) struct World {
+    /// Connections to ports of the one sandbox, by a real guest agent.
+    pub(crate) tcp: Arc<TcpTable>,
     pub(crate) sandboxes: Mutex<HashMap<String, SandboxId>>,
     pub(crate) refusal: Mutex<Option<RpcError>>,
     /// Where the node is, and where the control plane says that it is.
@@ -62,7 +65,20 @@ impl Cluster {
     pub(crate) fn new() -> Self {
         let ca = CertificateAuthority::create(CLUSTER, SystemTime::now()).unwrap();
         let signer = TicketSigner::generate().unwrap();
-        let world = World::default();
+        let world = World {
+            tcp: TcpTable::new(Arc::<Forwards>::default()),
+            sandboxes: Mutex::default(),
+            refusal: Mutex::default(),
+            node_endpoint: Mutex::default(),
+            link_endpoint: Mutex::default(),
+            tickets_issued: AtomicU32::default(),
+            node_epoch: AtomicU32::default(),
+            epoch: AtomicU32::default(),
+            links: AtomicU32::default(),
+            opens: Mutex::default(),
+            broken: AtomicU32::default(),
+            drop_packets: AtomicBool::default(),
+        };
         world.sandboxes.lock().unwrap().insert("web".into(), SandboxId::from_bytes([5; 16]));
         Self { ca: Arc::new(ca), signer: Arc::new(signer), world: Arc::new(world) }
     }
@@ -200,11 +216,22 @@ impl TestDaemon {
     /// Starts the daemon with more variables of this form: `NAME=value`.
     pub(crate) fn client_with(&self, variables: &[String]) -> DaemonClient {
         let runtime = format!("XDG_RUNTIME_DIR={}", self.dir.path().display());
+        let state = format!("XDG_STATE_HOME={}", self.dir.path().join("state").display());
         let mut program: Vec<OsString> =
-            ["env".into(), runtime.into(), "TOWLINE_LOG=debug".into()].to_vec();
+            ["env".into(), runtime.into(), state.into(), "TOWLINE_LOG=debug".into()].to_vec();
         program.extend(variables.iter().map(Into::into));
         program.extend([env!("CARGO_BIN_EXE_tow").into(), "daemon".into()]);
         self.client.clone().with_program(program)
+    }
+
+    /// Kills the daemon that answers now.
+    pub(crate) async fn kill(&self) {
+        let pid = self.client.status().await.unwrap().unwrap().pid;
+        let pid = rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        while self.client.status().await.unwrap().is_some() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 
     pub(crate) fn log(&self) -> String {
@@ -255,12 +282,16 @@ async fn serve_stream(
         now_unix_s: now_s(),
     };
     let ticket = verifier.verify(&open.ticket, &context).map_err(std::io::Error::other)?;
-    world.opens.lock().unwrap().push(StreamOpen { ticket: vec![], ..open });
+    world.opens.lock().unwrap().push(StreamOpen { ticket: vec![], ..open.clone() });
     if ticket.epoch != u64::from(world.node_epoch.load(Ordering::Relaxed)) {
         let code = StreamErrorCode::Ticket.into();
         let error = StreamError { code, message: "the ticket is of another epoch".into() };
         writer.send_message(FrameKind::Error, &error).await?;
         writer.finish().await?;
+        return Ok(());
+    }
+    if let Some(stream_open::Kind::Tcp(open)) = open.kind {
+        tcp::serve(&world.tcp, open, reader, writer).await;
         return Ok(());
     }
     while let Some(frame) = reader.next().await? {
@@ -374,8 +405,14 @@ impl rpc::ControlPlane for FakeControlPlane {
 
     async fn watch_sandbox(
         &self,
-        _: tonic::Request<GetSandboxRequest>,
+        request: tonic::Request<GetSandboxRequest>,
     ) -> Answer<Self::WatchSandboxStream> {
+        if let Some(get_sandbox_request::Which::Id(id)) = request.into_inner().which {
+            let sandboxes = self.world.sandboxes.lock().unwrap();
+            if !sandboxes.values().any(|known| known.to_vec() == id) {
+                return Err(RpcError::NotFound("there is no such sandbox".into()).into());
+            }
+        }
         Err(RpcError::refused("not served by the fake").into())
     }
 

@@ -7,6 +7,7 @@
 pub mod agent;
 pub mod boot;
 pub mod configure;
+pub mod copy;
 pub mod credentials;
 mod disks;
 pub mod exec;

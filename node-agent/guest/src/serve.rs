@@ -11,11 +11,12 @@ use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::{PortList, StreamErrorCode, StreamOpen, User, stream_open::Kind};
 use towline_streams::{FrameReader, FrameWriter};
 
+use crate::copy::{self, Copier};
 use crate::exec::{self, ExecTable};
 use crate::forward::{self, Forwards};
 use crate::refusal::Refusal;
 use crate::tcp::{self, TcpTable};
-use crate::{files, listening};
+use crate::{credentials, files, listening};
 
 /// How long a stream may take to say what it is.
 const OPEN_MAX: Duration = Duration::from_secs(30);
@@ -49,6 +50,24 @@ impl Services {
         let tcp = TcpTable::new(Arc::clone(&forwards));
         Self { execs, folder, user, root, tcp, forwards }
     }
+
+    /// What a copy for this user is done with, the sandbox's where none is named.
+    async fn copier(&self, user: Option<User>) -> Result<Copier<'_>, Refusal> {
+        let settings = self.execs.settings();
+        let user = match user {
+            None => self.user.clone(),
+            // Reads files of the sandbox, which may come from afar.
+            Some(user) => {
+                tokio::task::spawn_blocking(move || credentials::complete(user, &settings.files))
+                    .await
+                    .map_err(std::io::Error::other)
+                    .and_then(|user| user)
+                    .map_err(|error| Refusal::io("cannot look the user up", &error))?
+            }
+        };
+        let folder = self.execs.folder();
+        Ok(Copier { root: &self.root, folder, user })
+    }
 }
 
 /// Serves one stream of a client.
@@ -81,6 +100,10 @@ where
             let (run, user) = (services.root.join("run"), &services.user);
             return forward::serve(&services.forwards, open, &run, user, reader, writer).await;
         }
+        Ok(Kind::Copy(open)) => match services.copier(open.user.clone()).await {
+            Ok(copier) => return copy::serve(copier, open, reader, writer).await,
+            Err(refusal) => refusal,
+        },
         Ok(Kind::PortList(_)) => match tokio::task::spawn_blocking(listen_table).await {
             Ok(list) => {
                 return answer(&mut writer, &Frame::message(FrameKind::PortList, &list)).await;
@@ -94,8 +117,7 @@ where
             | Kind::ImagePull(_)
             | Kind::Egress(_)
             | Kind::Lookup(_)
-            | Kind::Feed(_)
-            | Kind::Copy(_),
+            | Kind::Feed(_),
         ) => Refusal::new(StreamErrorCode::Unsupported, "the guest does not serve this stream"),
         Err(refusal) => refusal,
     };

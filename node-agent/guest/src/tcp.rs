@@ -76,7 +76,9 @@ impl TcpTable {
             return Ok((Arc::clone(entry), false));
         }
         if entries.len() >= TCP_STREAMS_MAX {
-            let lost = entries.iter().find(|(_, entry)| !entry.pipe.attached().0);
+            // One that had a link and lost it, not one that is being made.
+            let is_lost = |entry: &Entry| matches!(entry.pipe.attached(), (false, 1..));
+            let lost = entries.iter().find(|(_, entry)| is_lost(entry));
             let Some(lost) = lost.map(|(key, _)| *key) else {
                 return Err(Refusal::new(
                     StreamErrorCode::Limit,
@@ -181,7 +183,11 @@ where
     made(&entry).await?;
     let protocol =
         |error: towline_proto::durable::DurableError| Refusal::invalid(error.to_string());
-    let attachment = entry.pipe.attach(peer_received).map_err(protocol)?;
+    let attachment = entry.pipe.attach(peer_received).map_err(|error| {
+        table.forget(&key, &entry);
+        entry.pipe.abandon();
+        protocol(error)
+    })?;
     let over = carry(&entry, attachment, reader, writer).await;
     match over {
         Over::Complete | Over::Reset => table.forget(&key, &entry),

@@ -4,6 +4,7 @@
 //! string is ever resolved again. `scan.rs` lists, `read.rs` reads, `apply.rs` changes.
 
 mod apply;
+mod copy;
 mod read;
 mod scan;
 #[cfg(test)]
@@ -106,7 +107,7 @@ impl Root {
     }
 
     /// The directory that holds a path.
-    fn parent(&self, path: &TreePath) -> io::Result<OwnedFd> {
+    pub(crate) fn parent(&self, path: &TreePath) -> io::Result<OwnedFd> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         match path.parent() {
             None => Ok(sys::openat(&self.fd, c".", flags, Mode::empty())?),

@@ -1019,6 +1019,12 @@ pub struct CopyOpen {
     /// Who reads or writes; absent: the sandbox's user.
     #[prost(message, optional, tag = "3")]
     pub user: ::core::option::Option<User>,
+    /// To the sandbox: the one item that the archive holds. Empty: whatever it holds.
+    #[prost(bytes = "vec", tag = "4")]
+    pub name: ::prost::alloc::vec::Vec<u8>,
+    /// To the sandbox: the path is a directory that is there.
+    #[prost(bool, tag = "5")]
+    pub must_exist: bool,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct CopyDone {
@@ -1026,6 +1032,9 @@ pub struct CopyDone {
     pub files: u64,
     #[prost(uint64, tag = "2")]
     pub bytes: u64,
+    /// Devices, sockets and pipes that were left out.
+    #[prost(uint64, tag = "3")]
+    pub skipped: u64,
 }
 /// Answered by EGRESS_OPENED or ERROR. After EGRESS_OPENED a TCP stream is raw bytes both ways, each
 /// half ended by its end; a UDP flow is EGRESS_DATAGRAM frames.

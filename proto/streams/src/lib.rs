@@ -3,12 +3,14 @@
 //! Used by `towline-link` (QUIC) and by the guest agent (guest link), which may know tokio but not
 //! QUIC, TLS or gRPC. Decides nothing.
 
+mod archive;
 mod framed;
 mod mux;
 mod pipe;
 mod port;
 mod splice;
 
+pub use archive::{ArchiveReader, ArchiveWriter, archive_reader, archive_writer};
 pub use framed::{FrameReader, FrameWriter};
 pub use mux::{GuestSession, GuestSessions, Incoming, MuxDriver, MuxHandle, MuxRecv, MuxSend};
 pub use pipe::{Attachment, Memory, Over, Pipe, Socket};

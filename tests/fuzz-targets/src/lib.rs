@@ -2,7 +2,11 @@
 //! corpus is replayed by `make test`. A target fails by panicking.
 
 use bytes::{Bytes, BytesMut};
+use towline_filesync::copy::{Place, unpack};
+use towline_filesync::tree::Root;
+use towline_proto::durable::Durable;
 use towline_proto::frame;
+use towline_proto::limits::TCP_FIRST_WINDOW;
 use towline_proto::mux::preamble::{HostScan, Marker};
 use towline_proto::mux::terms::Terms;
 use towline_proto::mux::{End, Mux, Read, WINDOW};
@@ -99,4 +103,38 @@ pub fn fuse_requests(bytes: &[u8]) {
 /// What a hostile guest can send as changed files.
 pub fn sync_frames(bytes: &[u8]) {
     towline_filesync::wire::fuzz(bytes);
+}
+
+/// A forwarded connection's frames, from either end.
+pub fn tcp_frames(bytes: &[u8]) {
+    let mut state = Durable::default();
+    if state.attach(0).is_err() {
+        return;
+    }
+    state.on_read(Bytes::from_static(b"ours"));
+    let mut buffer = BytesMut::from(bytes);
+    while let Ok(Some(frame)) = frame::decode(&mut buffer) {
+        if let Ok(v1::TcpConnected { received_offset }) = frame.decode() {
+            drop(state.attach(received_offset));
+        }
+        drop(state.on_frame(&frame));
+        assert!(state.held() <= TCP_FIRST_WINDOW + 4, "no more than was granted is held");
+        while state.next_outgoing().is_some() {}
+    }
+}
+
+/// An archive that a sandbox sends to `tow cp`: nothing beside its destination is touched.
+pub fn copy_archives(bytes: &[u8]) {
+    let Ok(outer) = tempfile::tempdir() else { return };
+    let inner = outer.path().join("destination");
+    let made = std::fs::create_dir(&inner).and_then(|()| {
+        std::os::unix::fs::symlink(outer.path(), inner.join("out"))?;
+        Ok(Root::open(&inner)?)
+    });
+    let Ok(root) = made else { return };
+    let place = Place { root, only: None, directory_only: false };
+    drop(unpack(bytes, &place, None));
+    let beside = std::fs::read_dir(outer.path()).into_iter().flatten().count();
+    assert_eq!(beside, 1, "nothing is made beside the destination");
+    assert!(!inner.join(".tow-stage").exists(), "nothing half-made is left");
 }

@@ -58,6 +58,11 @@ impl ExecTable {
         &self.workload
     }
 
+    /// The project folder's path in the sandbox; empty without one.
+    pub(crate) fn folder(&self) -> &[u8] {
+        &self.settings.folder
+    }
+
     pub(crate) fn settings(&self) -> Arc<Settings> {
         Arc::clone(&self.settings)
     }

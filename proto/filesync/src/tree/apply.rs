@@ -38,8 +38,8 @@ pub type Owner = Option<(Uid, Gid)>;
 /// A staging directory, and the changes made through it.
 #[derive(Debug)]
 pub struct Stage {
-    root: Root,
-    fd: OwnedFd,
+    pub(super) root: Root,
+    pub(super) fd: OwnedFd,
     name: Vec<u8>,
     owner: Owner,
     durable: bool,
@@ -50,7 +50,7 @@ pub struct Stage {
 
 /// A finished file, link, or whatever else waits in the stage.
 #[derive(Debug)]
-pub struct Staged(Vec<u8>);
+pub struct Staged(pub(super) Vec<u8>);
 
 /// A file that is being written in the stage.
 #[derive(Debug)]
@@ -386,7 +386,7 @@ impl Stage {
         }
     }
 
-    fn give_away(&self, fd: &OwnedFd) -> io::Result<()> {
+    pub(super) fn give_away(&self, fd: &OwnedFd) -> io::Result<()> {
         match self.owner {
             Some((uid, gid)) => Ok(sys::fchown(fd, Some(uid), Some(gid))?),
             None => Ok(()),
