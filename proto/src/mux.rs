@@ -30,9 +30,15 @@ pub const WINDOW: u32 = 512 << 10;
 pub const PIECE_MAX: usize = (32 << 10) - HEADER_LEN;
 /// Bytes that one stream keeps to be sent before its writer waits.
 pub const SEND_BUFFER_MAX: usize = 128 << 10;
-/// Streams that a guest may have open towards the node at once (control, file system, and a few
-/// that are ending): their windows together bound what a hostile guest makes a node hold, 32 MiB.
-pub const GUEST_OPENED_MAX: usize = 64;
+/// A node's window on a stream that the guest opened, to begin with: it grants more to those that it
+/// reads, up to its whole window and out of [`EXTRA_MAX`].
+pub const FIRST_WINDOW: u32 = WINDOW_MIN;
+/// What a node grants beyond the first windows, to all streams of its guest together.
+pub const EXTRA_MAX: u32 = 32 << 20;
+/// Streams that a guest may have open towards the node at once: control, file system, and one for
+/// each connection of the workload. Their first windows and the extra together bound what a hostile
+/// guest makes a node hold, 48 MiB.
+pub const GUEST_OPENED_MAX: usize = 1024;
 /// Refusals waiting to be sent; a peer that causes more without reading is cut off.
 const REFUSALS_MAX: usize = 1024;
 /// A DATA frame that would carry less than this waits for the next batch.
@@ -170,6 +176,8 @@ pub struct Mux {
     next_id: u32,
     peer_next_id: u32,
     opened_by_peer: usize,
+    /// Credit beyond the first windows that is left to grant.
+    extra: u32,
     /// Streams with something other than data to say.
     urgent: VecDeque<StreamId>,
     /// Streams with data to send, by priority.
@@ -198,6 +206,7 @@ impl Mux {
             next_id,
             peer_next_id,
             opened_by_peer: 0,
+            extra: EXTRA_MAX,
             urgent: VecDeque::new(),
             ready: Default::default(),
             turn: 0,
@@ -217,7 +226,9 @@ impl Mux {
         let ids: Vec<StreamId> = self.streams.keys().copied().collect();
         for id in ids {
             if let Some(stream) = self.streams.get_mut(&id) {
-                stream.sending.widen(more);
+                // One that this guest opened is widened by its reader.
+                let by_reader = self.end == End::Guest && id.0 & 1 == 1;
+                stream.sending.widen(more, if by_reader { 0 } else { more });
             }
             self.note_ready(id);
         }
@@ -230,7 +241,7 @@ impl Mux {
         }
         let id = StreamId(self.next_id);
         self.next_id = self.next_id.checked_add(2).ok_or(MuxError::NoMoreStreams)?;
-        let mut stream = Stream::new(priority, self.window, self.peer_window);
+        let mut stream = self.stream(id, priority);
         stream.open_due = true;
         self.streams.insert(id, stream);
         self.note_urgent(id);
@@ -301,6 +312,9 @@ impl Mux {
     pub fn read(&mut self, id: StreamId, into: &mut [u8]) -> Result<Read, HalfError> {
         let stream = self.streams.get_mut(&id).ok_or(HalfError::Closed)?;
         let read = stream.receiving.read(into)?;
+        if self.end == End::Host {
+            self.extra -= stream.receiving.widen(self.extra);
+        }
         if stream.receiving.credit_due() {
             self.note_urgent(id);
         }
@@ -421,7 +435,7 @@ impl Mux {
             return Ok(());
         }
         self.opened_by_peer += 1;
-        self.streams.insert(id, Stream::new(priority, self.window, self.peer_window));
+        self.streams.insert(id, self.stream(id, priority));
         self.accepted.push_back(id);
         Ok(())
     }
@@ -510,6 +524,17 @@ impl Mux {
         self.remove_if_done(id);
     }
 
+    /// A new stream. Towards the node, one that the guest opened begins with a small window.
+    fn stream(&self, id: StreamId, priority: Priority) -> Stream {
+        let by_guest = id.0 & 1 == 1;
+        let first = |window: u32, towards_node: bool| match by_guest && towards_node {
+            true => (window.min(FIRST_WINDOW), window),
+            false => (window, window),
+        };
+        let receive = first(self.window, self.end == End::Host);
+        Stream::new(priority, receive, first(self.peer_window, self.end == End::Guest))
+    }
+
     /// Whether the id was opened once in this session, by either end.
     fn was_open(&self, id: StreamId) -> bool {
         let ours = (id.0 & 1) == (self.next_id & 1);
@@ -543,7 +568,8 @@ impl Mux {
 
     fn remove_if_done(&mut self, id: StreamId) {
         if self.streams.get(&id).is_some_and(Stream::is_done) {
-            self.streams.remove(&id);
+            let gone = self.streams.remove(&id);
+            self.extra += gone.map_or(0, |stream| stream.receiving.extra());
             if (id.0 & 1) != (self.next_id & 1) {
                 self.opened_by_peer -= 1;
             }

@@ -14,7 +14,8 @@ use towline_proto::mux::preamble::{
 };
 use towline_proto::mux::terms::{Terms, VERSION, WINDOW_MIN};
 use towline_proto::mux::{
-    End, HalfError, Mux, MuxError, PIECE_MAX, Priority, Read, SEND_BUFFER_MAX, StreamId, WINDOW,
+    EXTRA_MAX, End, FIRST_WINDOW, GUEST_OPENED_MAX, HalfError, Mux, MuxError, PIECE_MAX, Priority,
+    Read, SEND_BUFFER_MAX, StreamId, WINDOW,
 };
 
 const SECRET: [u8; 32] = *b"\0\x01secret marker of this boot . 1";
@@ -169,7 +170,7 @@ fn a_guest_cannot_open_streams_without_bound() {
         }
     }
     assert_eq!(result, Err(MuxError::TooManyRefusals));
-    assert!(host.streams() <= towline_proto::mux::GUEST_OPENED_MAX);
+    assert!(host.streams() <= GUEST_OPENED_MAX);
 }
 
 #[test]
@@ -486,4 +487,61 @@ proptest! {
         prop_assert_eq!(got, after);
         prop_assert_eq!(scan.terms(), Some(terms()));
     }
+}
+
+/// Writes from guest to node until no more goes, reads all of it, and so on; returns what was under
+/// way in the last round.
+fn grow(guest: &mut Mux, host: &mut Mux, id: StreamId, there: StreamId, rounds: usize) -> usize {
+    let mut held = 0;
+    for round in 0..=rounds {
+        let mut idle = 0;
+        while idle < 2 {
+            let taken = guest.write(id, &[7; 60_000]).unwrap();
+            carry(guest, host, 1 << 20);
+            idle = if taken == 0 { idle + 1 } else { 0 };
+        }
+        if round == rounds {
+            break;
+        }
+        held = read_all(host, there).0.len();
+        carry(host, guest, 1 << 20);
+    }
+    held
+}
+
+#[test]
+fn a_stream_that_a_guest_opened_starts_small_and_grows_as_it_is_read() {
+    let (mut host, mut guest) = pair(WINDOW, WINDOW);
+    let mut held = Vec::new();
+    // More streams than the extra is enough for.
+    let streams = (EXTRA_MAX / (WINDOW - FIRST_WINDOW)) as usize + 3;
+    let mut open = Vec::new();
+    for _ in 0..streams {
+        let id = guest.open(Priority::Bulk).unwrap();
+        guest.write(id, b"x").unwrap();
+        carry(&mut guest, &mut host, 1 << 20);
+        let (there, _) = host.accept().unwrap();
+        held.push(grow(&mut guest, &mut host, id, there, 8));
+        open.push((id, there));
+    }
+    assert_eq!(held[0], WINDOW as usize);
+    assert_eq!(held[streams - 1], FIRST_WINDOW as usize);
+    let most = streams * FIRST_WINDOW as usize + EXTRA_MAX as usize;
+    assert!(held.iter().sum::<usize>() <= most);
+    // What one stream had is another's when it is gone.
+    let (id, there) = open[0];
+    guest.release_sender(id);
+    guest.release_receiver(id);
+    host.release_sender(there);
+    host.release_receiver(there);
+    carry(&mut guest, &mut host, 1 << 20);
+    carry(&mut host, &mut guest, 1 << 20);
+    let (id, there) = open[streams - 1];
+    assert_eq!(grow(&mut guest, &mut host, id, there, 8), WINDOW as usize);
+}
+
+#[test]
+fn many_streams_of_a_guest_hold_no_more_than_is_said() {
+    let held = GUEST_OPENED_MAX * FIRST_WINDOW as usize + EXTRA_MAX as usize;
+    assert!(held <= 64 << 20);
 }

@@ -32,11 +32,13 @@ pub(super) struct Stream {
 }
 
 impl Stream {
-    pub(super) fn new(priority: Priority, window: u32, peer_window: u32) -> Self {
+    /// With so much to be received before it is read, to begin with and at most; and so much to be
+    /// sent.
+    pub(super) fn new(priority: Priority, receive: (u32, u32), send: (u32, u32)) -> Self {
         Self {
             priority,
-            sending: Sending::new(peer_window),
-            receiving: Receiving::new(window),
+            sending: Sending::new(send.0, send.1),
+            receiving: Receiving::new(receive.0, receive.1),
             open_due: false,
             sender_released: false,
             receiver_released: false,
@@ -79,20 +81,14 @@ pub(super) struct Sending {
 }
 
 impl Sending {
-    fn new(window: u32) -> Self {
-        Self {
-            state: SendState::Open,
-            buffer: BytesMut::new(),
-            credit: window,
-            window,
-            stopped: None,
-        }
+    fn new(credit: u32, window: u32) -> Self {
+        Self { state: SendState::Open, buffer: BytesMut::new(), credit, window, stopped: None }
     }
 
-    /// The reader takes so much more than was known.
-    pub(super) fn widen(&mut self, more: u32) {
+    /// The reader takes so much more than was known; `credit` of it may be sent at once.
+    pub(super) fn widen(&mut self, more: u32, credit: u32) {
         self.window = self.window.saturating_add(more);
-        self.credit = self.credit.saturating_add(more);
+        self.credit = self.credit.saturating_add(credit);
     }
 
     pub(super) fn push(&mut self, bytes: &[u8]) -> Result<usize, HalfError> {
@@ -218,7 +214,10 @@ pub(super) struct Receiving {
     /// Whole pieces, then `tail`.
     pieces: VecDeque<Bytes>,
     tail: BytesMut,
+    /// Bytes that may be under way or waiting to be read: at the beginning, now, and at most.
+    first: u32,
     window: u32,
+    max: u32,
     /// Bytes that the peer may still send.
     allowed: u32,
     /// Bytes read and not yet granted again.
@@ -226,12 +225,14 @@ pub(super) struct Receiving {
 }
 
 impl Receiving {
-    fn new(window: u32) -> Self {
+    fn new(window: u32, max: u32) -> Self {
         Self {
             state: ReceiveState::Open,
             pieces: VecDeque::new(),
             tail: BytesMut::new(),
             window,
+            first: window,
+            max,
             allowed: window,
             read: 0,
         }
@@ -325,6 +326,22 @@ impl Receiving {
 
     pub(super) fn credit_due(&self) -> bool {
         self.state == ReceiveState::Open && self.read >= self.window / CREDIT_PART
+    }
+
+    /// Doubles the window of a stream that is read, as far as this suffices; returns what it took.
+    pub(super) fn widen(&mut self, available: u32) -> u32 {
+        if !self.credit_due() {
+            return 0;
+        }
+        let more = self.window.min(self.max - self.window).min(available);
+        self.window += more;
+        self.read += more;
+        more
+    }
+
+    /// What the window has grown by.
+    pub(super) fn extra(&self) -> u32 {
+        self.window - self.first
     }
 
     pub(super) fn take_credit(&mut self) -> Option<u32> {
