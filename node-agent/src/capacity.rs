@@ -8,6 +8,7 @@ use std::io;
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use rustix::time::{ClockId, clock_gettime};
 use towline_proto::v1::Capacity;
 
@@ -21,6 +22,22 @@ const NODE_MEMORY_PERCENT: u64 = 90;
 pub const CPU_OVERSUBSCRIPTION: u32 = 8;
 /// How often an embedded node promises its free disk: disks are sparse and mostly empty.
 pub const EMBEDDED_DISK_OVERSUBSCRIPTION: u64 = 4;
+
+/// Share of this process' descriptors that sandboxes' connections may hold, in percent.
+const SOCKETS_PERCENT: u64 = 50;
+
+/// Connections that all sandboxes of this node may have together. Raises this process' own limit of
+/// descriptors as far as it may first.
+pub fn sockets_max() -> usize {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "limit of descriptors not raised");
+    }
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::from(u32::MAX));
+    let share = usize::try_from(descriptors * SOCKETS_PERCENT / 100).unwrap_or(usize::MAX);
+    share.min(tokio::sync::Semaphore::MAX_PERMITS)
+}
 
 /// What this node offers.
 pub fn capacity(config: &Config) -> io::Result<Capacity> {

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use towline_link::identity::check_name;
 
+use crate::egress::rules::{self, OperatorRules, RuleText};
 use crate::hypervisor::qemu::AccelChoice;
 
 /// Names the static guest agent when the file does not.
@@ -33,7 +34,10 @@ const KEYS: &[&str] = &[
     "guest_console",
     "warm",
     "private_registries",
+    "egress",
 ];
+/// Keys of `[egress]`.
+const EGRESS_KEYS: &[&str] = &["allow"];
 
 /// Says why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -111,6 +115,14 @@ pub struct Config {
     /// Registries on private addresses that images may be pulled from, as `host` or `host:port`.
     /// An embedded node pulls from any.
     pub private_registries: Vec<String>,
+    /// What sandboxes may reach beyond their policy.
+    pub egress: OperatorRules,
+}
+
+#[derive(Default, Deserialize)]
+struct EgressFile {
+    #[serde(default)]
+    allow: Vec<RuleText>,
 }
 
 #[derive(Deserialize)]
@@ -135,6 +147,8 @@ struct File {
     warm: Option<bool>,
     #[serde(default)]
     private_registries: Vec<String>,
+    #[serde(default)]
+    egress: EgressFile,
 }
 
 impl Config {
@@ -149,9 +163,8 @@ impl Config {
         let parse = |reason: String| ConfigError::Parse { path: path.into(), reason };
         let value = |reason: String| ConfigError::Value { path: path.into(), reason };
         let table: toml::Table = text.parse().map_err(|e: toml::de::Error| parse(e.to_string()))?;
-        if let Some(key) = table.keys().find(|key| !KEYS.contains(&key.as_str())) {
-            let (path, key, nearest) = (path.into(), key.clone(), nearest(key));
-            return Err(ConfigError::UnknownKey { path, key, nearest });
+        if let Some((key, nearest)) = unknown_key(&table) {
+            return Err(ConfigError::UnknownKey { path: path.into(), key, nearest });
         }
         let file: File = table.try_into().map_err(|e: toml::de::Error| parse(e.to_string()))?;
         let missing = |key: &str| value(format!("`{key}` is missing"));
@@ -189,6 +202,7 @@ impl Config {
             guest_console: file.guest_console,
             warm: file.warm.unwrap_or(true),
             private_registries: file.private_registries,
+            egress: OperatorRules::parse(file.egress.allow).map_err(value)?,
         })
     }
 }
@@ -208,8 +222,22 @@ fn default_guest_agent() -> PathBuf {
     program.with_file_name(GUEST_AGENT_FILE)
 }
 
-fn nearest(key: &str) -> &'static str {
-    KEYS.iter().min_by_key(|known| distance(key, known)).expect("there are keys")
+/// The first key that means nothing, and the known one that is most like it.
+fn unknown_key(table: &toml::Table) -> Option<(String, &'static str)> {
+    let unknown = |table: &toml::Table, known: &'static [&'static str]| {
+        let key = table.keys().find(|key| !known.contains(&key.as_str()))?;
+        Some((key.clone(), nearest(key, known)))
+    };
+    let egress = table.get("egress").and_then(toml::Value::as_table);
+    let allow = egress.and_then(|egress| egress.get("allow")).and_then(toml::Value::as_array);
+    let rules = allow.into_iter().flatten().filter_map(toml::Value::as_table);
+    unknown(table, KEYS)
+        .or_else(|| unknown(egress?, EGRESS_KEYS))
+        .or_else(|| rules.into_iter().find_map(|rule| unknown(rule, rules::KEYS)))
+}
+
+fn nearest(key: &str, known: &'static [&'static str]) -> &'static str {
+    known.iter().min_by_key(|known| distance(key, known)).expect("there are keys")
 }
 
 /// Edits that make one text of the other.
@@ -256,6 +284,11 @@ mod tests {
         assert!(error("accel = \"xen\"").contains("auto, kvm or tcg"));
         assert!(error("link_listen = \"here\"").contains("`link_listen` is `here`"));
         assert!(error("cpus = \"two\"").contains("cpus"));
+        assert!(error("egress.alow = []").contains("did you mean `allow`?"));
+        let rule = "[[egress.allow]]\nrange = '10.0.0.0/8'\n";
+        assert!(error(&format!("{rule}port = [1]")).contains("did you mean `ports`?"));
+        assert!(error(&format!("{rule}name = 'a'")).contains("either a `name` or a `range`"));
+        assert!(error(&format!("{rule}ports = ['a']")).contains("ports"));
         let error = Config::parse(Path::new("f"), "data_dir = \"/d\"").unwrap_err();
         assert!(error.to_string().contains("`name` is missing"));
     }

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use towline_node_core::{Effect, Found, Input, NodeAgent, Record, Watcher};
 use towline_proto::ids::SandboxId;
-use towline_proto::v1::{NodeRegistered, ObservedBatch};
+use towline_proto::v1::{NodeRegistered, Observed, ObservedBatch, Phase};
 
 use crate::capacity::boottime;
 use crate::gates::Gates;
@@ -142,6 +142,7 @@ impl Driver {
             self.effect(effect).await;
         }
         if let Input::Destroyed { sandbox } = input {
+            self.machine.feeds.forget(sandbox);
             self.gates.forget(sandbox);
             self.work.remove(&sandbox);
         }
@@ -194,9 +195,7 @@ impl Driver {
             Effect::Gate { sandbox, gate } => self.gates.set(sandbox, gate),
             Effect::Report { session, sequence, observed } => {
                 for fact in &observed {
-                    let sandbox = SandboxId::try_from(&fact.sandbox_id[..]).ok();
-                    let (phase, reason) = (fact.phase(), &fact.reason);
-                    tracing::info!(?sandbox, phase = phase.as_str_name(), reason, "reported");
+                    self.note(fact);
                 }
                 let batch = ObservedBatch { sequence, observed };
                 // One is under way per session, so there is room unless the uplink is gone; then
@@ -205,6 +204,24 @@ impl Driver {
                     tracing::warn!(session, sequence, "report dropped, there is no uplink");
                 }
             }
+        }
+    }
+
+    /// Tells what was reported to whoever reads the log, and the sandbox's owner by its feed.
+    fn note(&self, fact: &Observed) {
+        let sandbox = SandboxId::try_from(&fact.sandbox_id[..]).ok();
+        let (phase, reason) = (fact.phase(), &fact.reason);
+        tracing::info!(?sandbox, phase = phase.as_str_name(), reason, "reported");
+        let word = match phase {
+            Phase::Running => "running",
+            Phase::Stopped => "stopped",
+            Phase::Failed => "failed",
+            // On the way; or there is no feed any more.
+            _ => return,
+        };
+        if let Some(feed) = sandbox.and_then(|sandbox| self.machine.feeds.existing(sandbox)) {
+            let colon = if reason.is_empty() { "" } else { ": " };
+            feed.note(&format!("{word}{colon}{reason}"));
         }
     }
 

@@ -71,6 +71,15 @@ impl Gates {
 
     /// Lets a stream in that shows a ticket of this epoch.
     pub fn enter(&self, sandbox: SandboxId, epoch: u64) -> Result<Pass, Refused> {
+        self.let_in(sandbox, Some(epoch))
+    }
+
+    /// Lets a stream in that the sandbox's own guest opened.
+    pub fn enter_running(&self, sandbox: SandboxId) -> Result<Pass, Refused> {
+        self.let_in(sandbox, None)
+    }
+
+    fn let_in(&self, sandbox: SandboxId, epoch: Option<u64>) -> Result<Pass, Refused> {
         let gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
         let not_running = |reason: &str| {
             let message = format!("the sandbox is not running on this node: {reason}");
@@ -81,13 +90,14 @@ impl Gates {
             Some(Entry { gate: Gate::Closing { reason } | Gate::Shut { reason }, .. }) => {
                 not_running(reason)
             }
-            Some(Entry { gate: Gate::Open { epoch: current }, .. }) if *current != epoch => {
-                let message = format!("the ticket is of epoch {epoch}, the sandbox of {current}");
-                Err(Refused::new(StreamErrorCode::Ticket, message))
-            }
-            Some(Entry { gate: Gate::Open { .. }, open }) => match open {
-                Some(open) => Ok(Pass(open.subscribe())),
-                None => not_running("it is being shut"),
+            Some(Entry { gate: Gate::Open { epoch: current }, open }) => match (epoch, open) {
+                (Some(epoch), _) if *current != epoch => {
+                    let message =
+                        format!("the ticket is of epoch {epoch}, the sandbox of {current}");
+                    Err(Refused::new(StreamErrorCode::Ticket, message))
+                }
+                (_, Some(open)) => Ok(Pass(open.subscribe())),
+                (_, None) => not_running("it is being shut"),
             },
         }
     }

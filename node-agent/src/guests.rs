@@ -17,6 +17,7 @@ use towline_images::local;
 use towline_node_core::{Input, Run};
 use towline_proto::frame::{Frame, FrameError, FrameKind};
 use towline_proto::ids::SandboxId;
+use towline_proto::mux::GUEST_OPENED_MAX;
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
     ExitStatus, GuestCommand, GuestConfigure, GuestConfigured, GuestEvent, StreamErrorCode,
@@ -24,6 +25,7 @@ use towline_proto::v1::{
 };
 use towline_streams::{FrameReader, Incoming, MuxHandle, MuxRecv, MuxSend};
 
+use crate::egress::SandboxEgress;
 use crate::gates::Refused;
 use crate::guest_link::{Control, GuestLink, GuestLinkError};
 use crate::hypervisor::{Vm, VmExit};
@@ -43,8 +45,6 @@ const LINK_WAIT: Duration = Duration::from_secs(20);
 const EVENT_PAUSE: Duration = Duration::from_millis(100);
 /// Between two notices about a guest's local image: the control plane commits each.
 const NOTICE_PAUSE: Duration = Duration::from_secs(1);
-/// Streams that a guest may have opened at once: it needs one, and one more while it changes over.
-const GUEST_OPENED_MAX: usize = 8;
 /// Commands that wait for a link: a shutdown and a few clock settings.
 const COMMANDS_MAX: usize = 8;
 /// Longest text of or about a guest that is shown to people.
@@ -131,12 +131,21 @@ pub struct Attendance {
     pub vm: Arc<Vm>,
     /// Marks later sessions.
     pub secret: [u8; 32],
+    /// What it may ask the node for.
+    pub served: Arc<Served>,
+    /// Where to tell what happens.
+    pub inputs: mpsc::Sender<Input>,
+}
+
+/// What serves the streams that a guest opens.
+#[derive(Debug)]
+pub struct Served {
     /// Its local image, if it has one.
     pub local: Option<Arc<local::Server>>,
     /// The newest that people should know about its local image; empty once it was told.
     pub notices: watch::Sender<String>,
-    /// Where to tell what happens.
-    pub inputs: mpsc::Sender<Input>,
+    /// Its way out.
+    pub egress: Arc<SandboxEgress>,
 }
 
 /// Attends to a guest from its first link on, until its VM has ended. Puts it into the table at
@@ -287,8 +296,7 @@ impl Attendance {
             while opened.try_join_next().is_some() {}
             // One too many is dropped, which resets it.
             if opened.len() < GUEST_OPENED_MAX {
-                let (local, notices) = (self.local.clone(), self.notices.clone());
-                opened.spawn(serve_opened(local, notices, send, recv));
+                opened.spawn(serve_opened(Arc::clone(&self.served), send, recv));
             }
         }
     }
@@ -296,11 +304,11 @@ impl Attendance {
     /// Tells the newest notice, and the next one not before a pause.
     async fn tell_notices(&self) -> Infallible {
         let (sandbox, run) = (self.sandbox, self.run);
-        let mut notices = self.notices.subscribe();
+        let mut notices = self.served.notices.subscribe();
         loop {
             let some = notices.wait_for(|notice| !notice.is_empty()).await;
             drop(some.expect("we hold the sender"));
-            let text = cut(&self.notices.send_replace(String::new()));
+            let text = cut(&self.served.notices.send_replace(String::new()));
             tracing::info!(%sandbox, run, text, "local image");
             let _ = self.inputs.send(Input::GuestNotice { sandbox, run, text }).await;
             sleep(NOTICE_PAUSE).await;
@@ -377,25 +385,22 @@ fn cut(text: &str) -> String {
     text.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect()
 }
 
-async fn serve_opened(
-    local: Option<Arc<local::Server>>,
-    notices: watch::Sender<String>,
-    send: MuxSend,
-    recv: MuxRecv,
-) {
+async fn serve_opened(served: Arc<Served>, send: MuxSend, recv: MuxRecv) {
     let (mut reader, mut writer) = streams::framed(recv, send);
     let open = streams::read_open(&mut reader).await;
-    let refused = match (open.map(|open| open.kind), local) {
-        (Ok(Some(Kind::Fuse(_))), Some(server)) => {
-            return local_image::serve(server, notices, reader, writer).await;
-        }
-        (Ok(Some(Kind::Fuse(_))), None) => {
-            Refused::new(StreamErrorCode::Unsupported, "this sandbox has no local image")
-        }
-        (Ok(_), _) => {
+    let refused = match open.map(|open| open.kind) {
+        Ok(Some(Kind::Fuse(_))) => match served.local.clone() {
+            Some(server) => {
+                return local_image::serve(server, served.notices.clone(), reader, writer).await;
+            }
+            None => Refused::new(StreamErrorCode::Unsupported, "this sandbox has no local image"),
+        },
+        Ok(Some(Kind::Egress(open))) => return served.egress.serve(open, reader, writer).await,
+        Ok(Some(Kind::Lookup(open))) => return served.egress.serve_lookup(open, writer).await,
+        Ok(_) => {
             Refused::new(StreamErrorCode::Unsupported, "the node serves no such stream to guests")
         }
-        (Err(refused), _) => refused,
+        Err(refused) => refused,
     };
     streams::refuse(&mut writer, &refused).await;
 }

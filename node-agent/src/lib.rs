@@ -15,6 +15,8 @@ pub mod cleaning;
 pub mod config;
 pub mod disks;
 pub mod driver;
+pub mod egress;
+pub mod feed;
 pub mod gates;
 pub mod guest_configure;
 pub mod guest_link;
@@ -49,6 +51,10 @@ use towline_proto::v1::{Driver as DriverInfo, Isolation, RegisterNode};
 
 use config::Config;
 use driver::{Driver, INPUTS_MAX, Parts};
+use egress::Egress;
+use egress::own::Own;
+use egress::resolver::{Resolve, SystemResolver};
+use feed::Feeds;
 use gates::Gates;
 use guests::Guests;
 use hypervisor::Hypervisor;
@@ -96,7 +102,20 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
     for missing in &capabilities.missing {
         tracing::warn!(missing, "a limit is missing on this machine");
     }
-    run(config, store, Arc::new(hypervisor), Path::new("/"), stop).await
+    let outside = Outside {
+        own: Own::of_machine(config.control_plane.clone(), config.link_advertise.as_deref()),
+        resolver: Arc::new(SystemResolver::default()),
+    };
+    run(config, store, Arc::new(hypervisor), outside, Path::new("/"), stop).await
+}
+
+/// What egress knows of the world outside of the node.
+#[derive(Debug)]
+pub struct Outside {
+    /// What counts as the node itself.
+    pub own: Own,
+    /// Looks names up.
+    pub resolver: Arc<dyn Resolve>,
 }
 
 /// Runs a node agent on the given store and hypervisor; local images are images of `root`.
@@ -104,6 +123,7 @@ pub async fn run(
     config: Config,
     store: Arc<Store>,
     hypervisor: Arc<dyn Hypervisor>,
+    outside: Outside,
     root: &Path,
     stop: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
@@ -115,13 +135,24 @@ pub async fn run(
     let images = Images::open(&config.cache_dir, root, config.embedded, private)?;
     let (images, gates, guests) = (Arc::new(images), Arc::default(), Arc::new(Guests::default()));
     let (inputs, waiting) = mpsc::channel(INPUTS_MAX);
-    let tunnel = Tunnel::new(Arc::clone(&gates), Arc::clone(&guests), Arc::clone(&images));
+    let feeds = Feeds::new(Arc::clone(&store));
+    let egress =
+        Egress::new(config.egress.clone(), outside.own, outside.resolver, capacity::sockets_max());
+    let tunnel = Tunnel::new(
+        Arc::clone(&gates),
+        Arc::clone(&guests),
+        Arc::clone(&images),
+        Arc::clone(&feeds),
+    );
     let (wishes, wanted) = templates::wishes();
     let machine = Arc::new(Machine {
         store: Arc::clone(&store),
         images,
         hypervisor: Arc::clone(&hypervisor),
         guests,
+        egress,
+        feeds,
+        gates: Arc::<Gates>::clone(&gates),
         inputs: inputs.clone(),
         cache_dir: config.cache_dir.clone(),
         console: config.guest_console,

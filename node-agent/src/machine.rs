@@ -23,9 +23,13 @@ use towline_streams::Priority;
 
 use crate::capacity::boot_id;
 use crate::disks::{self, DiskError};
+use crate::egress::Egress;
+use crate::egress::policy::Policy;
+use crate::feed::Feeds;
+use crate::gates::Gates;
 use crate::guest_configure::{guest_configure, random};
 use crate::guest_link::GuestLink;
-use crate::guests::{Attendance, Guests, attend, exit_reason};
+use crate::guests::{Attendance, Guests, Served, attend, exit_reason};
 use crate::hypervisor::{Hypervisor, Vm, VmSpec};
 use crate::images::{Image, Images, lasting};
 use crate::store::{State, Store};
@@ -60,6 +64,12 @@ pub struct Machine {
     pub hypervisor: Arc<dyn Hypervisor>,
     /// Running guests.
     pub guests: Arc<Guests>,
+    /// Their way out.
+    pub egress: Arc<Egress>,
+    /// What happened to them.
+    pub feeds: Arc<Feeds>,
+    /// Whether it is open.
+    pub gates: Arc<Gates>,
     /// The core's inputs.
     pub inputs: mpsc::Sender<Input>,
     /// Templates of disks.
@@ -297,13 +307,23 @@ impl Machine {
         secret: [u8; 32],
         image: Option<&Image>,
     ) -> Attendance {
+        let sandbox = assignment.sandbox;
+        let egress = self.egress.of_sandbox(
+            sandbox,
+            Policy::of_spec(&assignment.spec.policy),
+            self.feeds.of(sandbox),
+            Arc::clone(&self.gates),
+        );
         Attendance {
-            sandbox: assignment.sandbox,
+            sandbox,
             run,
             vm: Arc::clone(vm),
             secret,
-            local: image.and_then(|image| image.local.clone()),
-            notices: watch::Sender::default(),
+            served: Arc::new(Served {
+                local: image.and_then(|image| image.local.clone()),
+                notices: watch::Sender::default(),
+                egress,
+            }),
             inputs: self.inputs.clone(),
         }
     }

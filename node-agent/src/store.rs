@@ -2,7 +2,7 @@
 //!
 //! A file is written beside its name, synced and renamed, so what is found is whole. Each sandbox's
 //! folder holds `spec` (its record), `state` (of its newest start), `vm/` (the VMM's own folder),
-//! `upper.img` and, with a local image, `local.manifest`. Every name derives from the id, so
+//! `upper.img`, `feed` (see `feed.rs`) and, with a local image, `local.manifest`. Every name derives from the id, so
 //! removing twice is harmless. All of it blocks.
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -166,6 +166,16 @@ impl SandboxDir {
     /// The manifest of its local image.
     pub fn local_manifest(&self) -> PathBuf {
         self.root.join("local.manifest")
+    }
+
+    /// Where its feed is kept.
+    pub fn feed(&self) -> PathBuf {
+        self.root.clone()
+    }
+
+    /// Whether this node has the sandbox.
+    pub fn exists(&self) -> bool {
+        self.root.join(SPEC).exists()
     }
 
     /// Makes the folders.

@@ -1,7 +1,7 @@
 //! The node's end of the link: laptops' streams, each let in by its ticket and then only copied.
 //!
-//! A stream's first frame carries the ticket, which the guest never sees. What does not come to
-//! more than a pipe is served here: pings and image imports.
+//! A stream's first frame carries the ticket, which the guest never sees. What the guest has no part
+//! in is served here: pings, feeds and image imports.
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -19,6 +19,7 @@ use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{NodeRegistered, StreamErrorCode, StreamOpen};
 use towline_streams::{Priority as GuestPriority, splice};
 
+use crate::feed::{self, Feeds};
 use crate::gates::{Gates, Refused};
 use crate::guests::Guests;
 use crate::image_pull::Pulls;
@@ -46,6 +47,7 @@ pub struct Tunnel {
     gates: Arc<Gates>,
     guests: Arc<Guests>,
     images: Arc<Images>,
+    feeds: Arc<Feeds>,
     authority: watch::Sender<Option<Arc<Authority>>>,
     imports: Arc<Semaphore>,
     pulls: Pulls,
@@ -53,17 +55,16 @@ pub struct Tunnel {
 
 impl Tunnel {
     /// One that lets nobody in until it knows who signs tickets.
-    pub fn new(gates: Arc<Gates>, guests: Arc<Guests>, images: Arc<Images>) -> Arc<Self> {
+    pub fn new(
+        gates: Arc<Gates>,
+        guests: Arc<Guests>,
+        images: Arc<Images>,
+        feeds: Arc<Feeds>,
+    ) -> Arc<Self> {
         let imports = Arc::new(Semaphore::new(IMPORTS_MAX));
         let pulls = Pulls::new(&images, Arc::clone(&imports));
-        Arc::new(Self {
-            gates,
-            guests,
-            images,
-            authority: watch::Sender::default(),
-            imports,
-            pulls,
-        })
+        let authority = watch::Sender::default();
+        Arc::new(Self { gates, guests, images, feeds, authority, imports, pulls })
     }
 
     /// Takes what the control plane said at registration.
@@ -153,6 +154,16 @@ impl Tunnel {
                     return streams::refuse(&mut stream.writer, &refused).await;
                 }
             },
+            (Some(Kind::Feed(open)), TicketTarget::Sandbox(sandbox)) => {
+                // Whatever the sandbox is doing: why it does not run is of interest too.
+                match self.feeds.existing(sandbox) {
+                    Some(feed) => return feed::serve(feed, *open, stream).await,
+                    None => Refused::new(
+                        StreamErrorCode::NotRunning,
+                        "the node does not have this sandbox (yet)",
+                    ),
+                }
+            }
             (Some(Kind::ImageImport(import)), TicketTarget::Images) => {
                 let Ok(_permit) = self.imports.acquire().await else { return };
                 let (store, name) = (self.images.store().clone(), import.name.clone());
@@ -173,14 +184,15 @@ impl Tunnel {
                     | Kind::Tcp(_)
                     | Kind::PortList(_)
                     | Kind::Forward(_)
-                    | Kind::Copy(_),
+                    | Kind::Copy(_)
+                    | Kind::Feed(_),
                 ),
                 TicketTarget::Images,
             ) => Refused::new(StreamErrorCode::Ticket, "this needs a ticket for a sandbox"),
             (Some(Kind::Control(_) | Kind::Fuse(_) | Kind::Egress(_) | Kind::Lookup(_)), _) => {
                 Refused::new(StreamErrorCode::Unsupported, "only guests open such streams")
             }
-            (Some(Kind::Feed(_)) | None, _) => Refused::new(
+            (None, _) => Refused::new(
                 StreamErrorCode::Unsupported,
                 "this node agent does not know this kind of stream; is it older than `tow`?",
             ),

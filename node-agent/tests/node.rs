@@ -12,8 +12,9 @@ use towline_node_agent::hypervisor::VmShape;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
-    Desired, ExecListOpen, ImageImportOpen, ImageImported, Phase, StreamError, StreamErrorCode,
-    StreamOpen, Ticket, image_ref,
+    Desired, EgressOpen, EgressProtocol, ExecListOpen, FeedEntry, FeedOpen, ImageImportOpen,
+    ImageImported, LookupAnswer, LookupOpen, Phase, StreamError, StreamErrorCode, StreamOpen,
+    Ticket, egress_open, feed_entry, image_ref,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -281,4 +282,110 @@ async fn a_control_plane_that_was_away_is_told_everything_again() {
     let stopped = world.control.until(1, 1, Phase::Stopped).await;
     assert!(stopped.reason.contains("signal: 9"), "{}", stopped.reason);
     assert_eq!(world.doubles.pids().len(), 1, "it is not started again by itself");
+}
+
+/// A listener that counts who came, on an address of the loopback network.
+async fn server(address: &str) -> (u16, std::sync::Arc<std::sync::atomic::AtomicU32>) {
+    let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let count = std::sync::Arc::<std::sync::atomic::AtomicU32>::default();
+    let counted = std::sync::Arc::clone(&count);
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            counted.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            tokio::spawn(async move {
+                let (mut read, mut write) = stream.split();
+                let _ = tokio::io::copy(&mut read, &mut write).await;
+            });
+        }
+    });
+    (port, count)
+}
+
+fn egress(name: &str, port: u16) -> Kind {
+    let target = Some(egress_open::Target::Name(name.into()));
+    let protocol = EgressProtocol::Tcp.into();
+    Kind::Egress(EgressOpen { protocol, target, port: port.into() })
+}
+
+async fn said(world: &World, vm: usize, kind: Kind) -> Frame {
+    let (mut reader, _writer) = world.doubles.open(vm, kind).await;
+    let frame = tokio::time::timeout(node_support::WAIT_MAX, reader.next()).await.unwrap();
+    frame.unwrap().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_reaches_what_policy_and_operator_allow_and_its_owner_is_told_the_rest() {
+    let Some(mut world) = World::new().await else { return };
+    let (port, allowed) = server("127.0.0.1:0").await;
+    let (_, blocked) = server(&format!("127.0.0.2:{port}")).await;
+    world.more = format!("[[egress.allow]]\nrange = '127.0.0.1/32'\nports = [{port}]\n");
+    world.names.set("rebind.example", &["127.0.0.1", "127.0.0.2"]);
+    world.start();
+    let mut open = desired(1, 1, Desired::Running);
+    open.spec.as_mut().unwrap().policy = "public".into();
+    let mut closed = desired(2, 1, Desired::Running);
+    closed.spec.as_mut().unwrap().policy = "none".into();
+    world.control.want(vec![open, closed]);
+    world.control.until(1, 1, Phase::Running).await;
+    world.control.until(2, 1, Phase::Running).await;
+    let vm = usize::from(world.doubles.configured(0).hostname != "box-1");
+
+    let (mut reader, mut writer) = world.doubles.open(vm, egress("rebind.example", port)).await;
+    let opened = tokio::time::timeout(node_support::WAIT_MAX, reader.next()).await.unwrap();
+    assert!(opened.unwrap().unwrap().is(FrameKind::EgressOpened));
+    let hello = Frame::raw(FrameKind::Pong, &b"hello"[..]);
+    writer.send(&hello).await.unwrap();
+    writer.finish().await.unwrap();
+    assert_eq!(reader.next().await.unwrap(), Some(hello), "an echo, then its end");
+    assert_eq!(reader.next().await.unwrap(), None);
+
+    let code = |frame: &Frame| frame.decode::<StreamError>().unwrap().code();
+    let frame = said(&world, vm, egress("rebind.example", port)).await;
+    assert_eq!(code(&frame), StreamErrorCode::Blocked);
+    let frame = said(&world, 1 - vm, egress("rebind.example", port)).await;
+    assert_eq!(code(&frame), StreamErrorCode::Blocked);
+    let lookup = Kind::Lookup(LookupOpen { name: "rebind.example".into(), record_type: 1 });
+    let frame = said(&world, 1 - vm, lookup).await;
+    assert_eq!(frame.decode::<LookupAnswer>().unwrap().response_code, 5);
+    let counts = [allowed, blocked].map(|count| count.load(std::sync::atomic::Ordering::SeqCst));
+    assert_eq!(counts, [1, 0]);
+
+    // The owner reads why, over a restart of the node agent too.
+    world.kill().await;
+    world.control.forget();
+    world.start();
+    world.control.until(1, 1, Phase::Running).await;
+    let rules = feed(&world, 1).await;
+    let blocked = format!("rebind.example:{port} 127.0.0.2 loopback 127.0.0.0/8");
+    assert!(rules.contains(&blocked) && rules.contains(&"running".to_owned()), "{rules:?}");
+    let rules = feed(&world, 2).await;
+    assert!(rules.contains(&format!("rebind.example:{port}  policy none")), "{rules:?}");
+    world.control.want(vec![desired(1, 2, Desired::Stopped)]);
+    world.control.until(1, 2, Phase::Stopped).await;
+    let rules = feed(&world, 1).await;
+    assert!(rules.iter().any(|rule| rule.starts_with("stopped")), "{rules:?}");
+}
+
+/// What a sandbox's feed says, read to its end.
+async fn feed(world: &World, n: u8) -> Vec<String> {
+    let laptop = world.laptop().await;
+    let ticket = world.control.signer.sign(&world.ticket(&laptop, n));
+    let kind = Some(Kind::Feed(FeedOpen { after_sequence: 0, follow: false }));
+    let mut stream = laptop.open(&StreamOpen { ticket, kind }).await;
+    let mut all = Vec::new();
+    loop {
+        let frame = tokio::time::timeout(node_support::WAIT_MAX, stream.reader.next()).await;
+        let frame = frame.unwrap().unwrap().unwrap();
+        if frame.is(FrameKind::FeedEnd) {
+            return all;
+        }
+        let entry: FeedEntry = frame.decode().unwrap();
+        all.push(match entry.what.unwrap() {
+            feed_entry::What::Note(text) => text,
+            feed_entry::What::Egress(d) => {
+                format!("{}:{} {} {}", d.target, d.port, d.address, d.rule)
+            }
+        });
+    }
 }

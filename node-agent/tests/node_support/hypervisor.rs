@@ -20,7 +20,8 @@ use towline_proto::v1::{
     GuestCommand, GuestConfigure, GuestConfigured, GuestHello, StreamOpen, guest_command,
 };
 use towline_streams::{
-    FrameReader, FrameWriter, GuestSession, Marker, MuxDriver, MuxRecv, MuxSend, Priority,
+    FrameReader, FrameWriter, GuestSession, Marker, MuxDriver, MuxHandle, MuxRecv, MuxSend,
+    Priority,
 };
 
 /// What one guest remembers, over all its sessions.
@@ -29,6 +30,8 @@ struct Guest {
     pid: i32,
     configured: Option<GuestConfigure>,
     sessions: u32,
+    /// The newest session's.
+    handle: Option<MuxHandle>,
 }
 
 #[derive(Debug)]
@@ -83,6 +86,20 @@ impl Doubles {
     /// How many sessions the VM's guest has had.
     pub(crate) fn sessions(&self, vm: usize) -> u32 {
         self.guests.lock().unwrap()[vm].lock().unwrap().sessions
+    }
+
+    /// Opens a stream to the node as the VM's guest: frames both ways.
+    pub(crate) async fn open(
+        &self,
+        vm: usize,
+        kind: Kind,
+    ) -> (FrameReader<MuxRecv>, FrameWriter<MuxSend>) {
+        let handle = self.guests.lock().unwrap()[vm].lock().unwrap().handle.clone().unwrap();
+        let (send, recv) = handle.open(Priority::Interactive).unwrap();
+        let (reader, mut writer) = (FrameReader::new(recv), FrameWriter::new(send));
+        let open = StreamOpen { kind: Some(kind), ..StreamOpen::default() };
+        writer.send_message(FrameKind::Open, &open).await.unwrap();
+        (reader, writer)
     }
 
     pub(crate) fn configured(&self, vm: usize) -> GuestConfigure {
@@ -143,7 +160,8 @@ impl Hypervisor for Doubles {
             }
             let child = spawn(&spec.dir, "600");
             let pid = i32::try_from(child.id()).unwrap();
-            let guest = Arc::new(Mutex::new(Guest { pid, configured: None, sessions: 0 }));
+            let guest =
+                Arc::new(Mutex::new(Guest { pid, configured: None, sessions: 0, handle: None }));
             self.guests.lock().unwrap().push(Arc::clone(&guest));
             let socket = spec.dir.join(LINK_SOCKET);
             let _ = std::fs::remove_file(&socket);
@@ -242,6 +260,7 @@ impl<R: tokio::io::AsyncRead + Unpin> tokio::io::AsyncRead for EndOf<R> {
 async fn attend(session: GuestSession, guest: &Arc<Mutex<Guest>>) {
     let GuestSession { handle, mut incoming } = session;
     guest.lock().unwrap().sessions += 1;
+    guest.lock().unwrap().handle = Some(handle.clone());
     let configured = guest.lock().unwrap().configured.is_some();
     let hello = GuestHello { protocol: GUEST_PROTOCOL, configured, ..GuestHello::default() };
     let open = StreamOpen { kind: Some(Kind::Control(hello)), ..StreamOpen::default() };

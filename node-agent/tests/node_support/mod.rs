@@ -4,6 +4,7 @@
 
 mod control_plane;
 mod hypervisor;
+mod names;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,7 +17,10 @@ use towline_link::endpoint::{LinkClient, LinkConnection};
 use towline_link::identity::{Identity, LeafKey, Role};
 use towline_link::stream::{LinkStream, Priority};
 use towline_link::tls::CertStore;
+use towline_node_agent::Outside;
 use towline_node_agent::config::Config;
+use towline_node_agent::egress::own::Own;
+use towline_node_agent::egress::resolver::Resolve;
 use towline_node_agent::store::Store;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::ids::SandboxId;
@@ -28,6 +32,7 @@ use towline_proto::v1::{
 
 pub(crate) use control_plane::{CLUSTER, ControlPlane, NODE};
 pub(crate) use hypervisor::{Doubles, Template};
+pub(crate) use names::Names;
 
 /// Bound on every wait of these tests.
 pub(crate) const WAIT_MAX: Duration = Duration::from_secs(60);
@@ -65,6 +70,9 @@ pub(crate) struct World {
     pub(crate) ca: CertificateAuthority,
     pub(crate) control: ControlPlane,
     pub(crate) doubles: Arc<Doubles>,
+    pub(crate) names: Arc<Names>,
+    /// More for the node agent's configuration.
+    pub(crate) more: String,
     node: Option<Runtime>,
 }
 
@@ -87,7 +95,8 @@ impl World {
         std::fs::write(identity.join("node.pem"), certificate).unwrap();
         std::fs::write(identity.join("node.key"), key).unwrap();
         let control = ControlPlane::start(&ca).await;
-        Some(Self { dir, ca, control, doubles: Arc::new(Doubles::new()), node: None })
+        let (doubles, names) = (Arc::new(Doubles::new()), Arc::default());
+        Some(Self { dir, ca, control, doubles, names, more: String::new(), node: None })
     }
 
     pub(crate) fn data(&self) -> PathBuf {
@@ -98,10 +107,11 @@ impl World {
     pub(crate) fn start(&mut self) {
         let text = format!(
             "name = \"n1\"\ndata_dir = {:?}\ncache_dir = {:?}\ncontrol_plane = [{:?}]\n\
-             embedded = true\ncpus = 4\nmemory_mib = 1024\ndisk_mib = 1024\n",
+             embedded = true\ncpus = 4\nmemory_mib = 1024\ndisk_mib = 1024\n{}",
             self.data(),
             self.dir.path().join("cache"),
             self.control.endpoint,
+            self.more,
         );
         let file = self.dir.path().join("node-agent.toml");
         std::fs::write(&file, text).unwrap();
@@ -112,10 +122,15 @@ impl World {
             .build()
             .unwrap();
         let (hypervisor, root) = (Arc::clone(&self.doubles), self.dir.path().join("root"));
+        let outside = Outside {
+            own: Own::of_machine(vec![self.control.endpoint.clone()], None),
+            resolver: Arc::clone(&self.names) as Arc<dyn Resolve>,
+        };
         runtime.spawn(async move {
             let store = Arc::new(Store::open(&config.data_dir).unwrap());
             let never = std::future::pending();
-            let ended = towline_node_agent::run(config, store, hypervisor, &root, never).await;
+            let ended =
+                towline_node_agent::run(config, store, hypervisor, outside, &root, never).await;
             panic!("the node agent ended: {ended:?}");
         });
         self.node = Some(runtime);

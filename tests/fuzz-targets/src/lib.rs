@@ -100,6 +100,12 @@ pub fn fuse_requests(bytes: &[u8]) {
     towline_images::fuzzing::local_manifest(bytes);
 }
 
+/// What a guest can ask of the network, and the file that its questions end up in.
+pub fn egress(bytes: &[u8]) {
+    towline_node_agent::egress::fuzz(bytes);
+    towline_node_agent::feed::fuzz_file(bytes);
+}
+
 /// What a hostile guest can send as changed files.
 pub fn sync_frames(bytes: &[u8]) {
     towline_filesync::wire::fuzz(bytes);
