@@ -57,6 +57,10 @@ pub enum Verb {
     Cp(commands::cp::CpArgs),
     /// Show and publish a sandbox's ports
     Ports(commands::ports::PortsArgs),
+    /// Say what a sandbox is doing, what keeps it, and what its network policy blocked
+    Why(commands::why::WhyArgs),
+    /// Show what happened to a sandbox
+    Events(commands::events::EventsArgs),
     /// Stop sandboxes; their disks are kept
     Stop(commands::stop::StopArgs),
     /// Start stopped sandboxes
@@ -97,6 +101,9 @@ impl Verb {
             Self::Ls(args) => args.json,
             Self::Inspect(args) => args.json,
             Self::Ports(args) => args.json,
+            Self::Logs(args) => args.json,
+            Self::Why(args) => args.json,
+            Self::Events(args) => args.json,
             Self::Stop(args) => args.json,
             Self::Start(args) => args.json,
             Self::Rm(args) => args.json,
@@ -116,8 +123,6 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 }
 
 const LATER_VERBS: &[&str] = &[
-    "why",
-    "events",
     "sync",
     "pause",
     "resume",
@@ -181,11 +186,10 @@ mod tests {
 
     #[test]
     fn what_is_not_in_this_version_is_refused_as_such() {
-        let cases: [&[&str]; 7] = [
+        let cases: [&[&str]; 6] = [
             &["run", "--reverse", "80", "--", "true"],
             &["run", "--gpus", "1", "--", "true"],
             &["run", "--gpus=1", "--", "true"],
-            &["run", "--policy", "public", "--", "true"],
             &["run", "--isolation", "process", "--", "true"],
             &["save", "a", "b"],
             &["ls", "--watch"],

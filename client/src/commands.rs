@@ -7,6 +7,7 @@ pub mod create;
 pub mod daemon;
 pub mod doctor;
 pub mod down;
+pub mod events;
 pub mod exec;
 pub mod image;
 pub mod inspect;
@@ -23,6 +24,7 @@ pub mod stop;
 pub mod ttl;
 pub mod up;
 pub mod version;
+pub mod why;
 
 use crate::cli::{Cli, Verb};
 use crate::error::Outcome;
@@ -53,6 +55,8 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Logs(args) => Box::pin(logs::run(args, &env)).await,
         Verb::Cp(args) => Box::pin(cp::run(args, &env)).await,
         Verb::Ports(args) => Box::pin(ports::run(args, &env)).await,
+        Verb::Why(args) => Box::pin(why::run(args, &env)).await,
+        Verb::Events(args) => Box::pin(events::run(args, &env)).await,
         Verb::Stop(args) => stop::run(args, &env).await,
         Verb::Start(args) => start::run(args, &env).await,
         Verb::Rm(args) => rm::run(args, &env).await,

@@ -36,6 +36,8 @@ pub struct ProjectFolder {
 pub struct FolderConfig {
     /// An imported image, or `local`.
     pub image: Option<String>,
+    /// Network policy of new sandboxes: `public` or `none`.
+    pub policy: Option<String>,
     /// Size of new sandboxes.
     #[serde(default)]
     pub shape: ShapeConfig,

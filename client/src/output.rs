@@ -8,6 +8,7 @@ use std::io::{self, IsTerminal as _, Write as _};
 
 use crate::env_vars;
 
+pub mod events;
 pub mod human;
 pub mod json;
 pub mod progress;
@@ -65,9 +66,19 @@ impl Printer {
 
     /// Says something useful that nobody asked for: only to a person.
     pub fn hint(&self, text: impl AsRef<str>) {
-        if self.terminal && !self.style.quiet && !self.style.json {
-            self.stderr(&format!("{} {}", self.dim("tow:"), text.as_ref()));
+        if self.hints() {
+            self.note(text);
         }
+    }
+
+    /// Whether hints are seen by a person.
+    pub fn hints(&self) -> bool {
+        self.terminal && !self.style.quiet && !self.style.json
+    }
+
+    /// Says something that was asked for beside the answer.
+    pub fn note(&self, text: impl AsRef<str>) {
+        self.stderr(&format!("{} {}", self.dim("tow:"), text.as_ref()));
     }
 
     /// Says what happens to a running command's link, also while its terminal is in raw mode.

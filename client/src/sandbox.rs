@@ -258,6 +258,35 @@ enum Watched {
     Cut(anyhow::Error),
 }
 
+/// Tells every change of a sandbox, the present one first, until it is gone or `tell` fails. A
+/// watch that is cut is taken up again.
+pub async fn changes(
+    cluster: &Cluster,
+    sandbox: &v1::Sandbox,
+    mut tell: impl FnMut(&v1::Sandbox) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let id = v1::get_sandbox_request::Which::Id(sandbox.id.clone());
+    let request = v1::GetSandboxRequest { which: Some(id) };
+    let mut cuts = 0;
+    while cuts <= WATCH_RETRIES {
+        match cluster.client().watch_sandbox(request.clone()).await.map_err(RpcError::from) {
+            Ok(answer) => {
+                let mut changes = answer.into_inner();
+                while let Some(Ok(now)) = changes.next().await {
+                    cuts = 0;
+                    tell(&now)?;
+                }
+            }
+            Err(RpcError::NotFound(_)) => return Ok(()),
+            Err(error) if error.may_retry() => {}
+            Err(error) => return Err(cluster.explain(error)),
+        }
+        cuts += 1;
+        tokio::time::sleep(WATCH_PAUSE).await;
+    }
+    Err(Failure::new("the control plane could not be watched any more").hint("`tow status`").into())
+}
+
 async fn watch_once(
     cluster: &Cluster,
     sandbox: &v1::Sandbox,

@@ -60,18 +60,18 @@ pub struct SpecArgs {
     /// Stop it (never remove it) so long after each start, for example 30m or 2h
     #[arg(long, value_name = "D", value_parser = parse::timeout_s)]
     pub timeout: Option<u64>,
-    /// Network policy; only `none` (no network) so far
-    #[arg(long, value_name = "NAME", value_parser = only_none)]
+    /// Network policy: `public` (the default: the public internet) or `none`
+    #[arg(long, value_name = "NAME", value_parser = policy)]
     pub policy: Option<String>,
     /// Isolation; only `vm` so far
     #[arg(long, value_name = "KIND", value_parser = only_vm)]
     pub isolation: Option<String>,
 }
 
-fn only_none(text: &str) -> Result<String, String> {
+fn policy(text: &str) -> Result<String, String> {
     match text {
-        "none" => Ok(text.to_owned()),
-        _ => Err(format!("policy `{text}` is not in this version of tow; `none` is")),
+        "public" | "none" => Ok(text.to_owned()),
+        _ => Err("expected `public` (the public internet) or `none` (no network)".into()),
     }
 }
 
@@ -98,7 +98,7 @@ impl SpecArgs {
             image: Some(image),
             shape: Some(self.shape(config)?),
             isolation: v1::Isolation::Vm.into(),
-            policy: "none".into(),
+            policy: self.policy(config)?,
             folder: folder.map(ProjectFolder::to_proto),
             user,
             env,
@@ -127,6 +127,17 @@ impl SpecArgs {
         let user = user::current()?;
         let home = user.home.clone();
         Ok((v1::ImageRef { source: Some(Source::Local(v1::LocalImage { home })) }, Some(user)))
+    }
+
+    /// The flag, the folder's, or nothing: then the control plane says what is usual.
+    fn policy(&self, config: &FolderConfig) -> anyhow::Result<String> {
+        match (&self.policy, &config.policy) {
+            (Some(name), _) => Ok(name.clone()),
+            (None, Some(name)) => policy(name).map_err(|error| {
+                Failure::usage(format!("`{}`: policy: {error}", crate::folder::FILE)).into()
+            }),
+            (None, None) => Ok(String::new()),
+        }
     }
 
     fn shape(&self, config: &FolderConfig) -> anyhow::Result<v1::Shape> {
@@ -168,6 +179,10 @@ impl SpecArgs {
         self.image
             .clone()
             .and_then(|wanted| differs("image", wanted, has))
+            .or_else(|| {
+                let wanted = self.policy.clone();
+                wanted.and_then(|wanted| differs("policy", wanted, spec.policy.clone()))
+            })
             .or_else(|| number("cpus", self.cpus.map(u64::from), shape.cpus.into()))
             .or_else(|| number("memory (MiB)", self.memory, shape.memory_mib))
             .or_else(|| number("disk (MiB)", self.disk, shape.disk_mib))
@@ -290,6 +305,15 @@ mod tests {
         assert_eq!(other.contradicts(&spec).unwrap(), "memory (MiB) 512, not 1024");
         let other = SpecArgs { timeout: Some(0), ..Default::default() };
         assert_eq!(other.contradicts(&spec).unwrap(), "timeout 2h, not never");
+        let closed: FolderConfig = toml::from_str("policy = 'none'").unwrap();
+        let spec = SpecArgs::default().to_spec(None, &closed).unwrap();
+        assert_eq!(spec.policy, "none");
+        let open = SpecArgs { policy: Some("public".into()), ..Default::default() };
+        assert_eq!(open.to_spec(None, &closed).unwrap().policy, "public");
+        assert_eq!(open.contradicts(&spec).unwrap(), "policy none, not public");
+        let unknown: FolderConfig = toml::from_str("policy = 'web'").unwrap();
+        let error = SpecArgs::default().to_spec(None, &unknown).unwrap_err().to_string();
+        assert!(error.contains("`towline.toml`: policy: expected `public`"), "{error}");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 pub mod copy;
 pub mod exec;
+pub mod feed;
 pub mod files;
 pub mod guest;
 pub mod import;

@@ -95,7 +95,7 @@ async fn refusals_say_what_would_change_them() {
     let mut request = create("net");
     request.spec.as_mut().unwrap().policy = "web".into();
     let refused = client.create_sandbox(request).await.unwrap_err();
-    assert!(refused.message().contains("leave --policy out"), "{refused}");
+    assert!(refused.message().contains("there is no policy `web`"), "{refused}");
     let mut request = create("img");
     let source = Some(v1::image_ref::Source::Oci("nosuch:1".into()));
     request.spec.as_mut().unwrap().image = Some(v1::ImageRef { source });

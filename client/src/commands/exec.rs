@@ -16,6 +16,7 @@ use crate::forward::{self, ForwardArgs};
 use crate::output::human;
 use crate::spec::{self, EnvArgs};
 use crate::tunnel::exec::{self, Ended, ExecClient, How, Io};
+use crate::tunnel::feed;
 use crate::tunnel::guest::Guest;
 use crate::tunnel::tty::{self, TtyArgs};
 use crate::{ids, sandbox, sync, user};
@@ -79,7 +80,9 @@ pub(super) async fn run(args: ExecArgs, env: &Env) -> Outcome {
         sync::before(&guest, found, folder, env).await?;
     }
     let _forwarding = args.forward.start(&guest, &mut start).await?;
-    let ended = start_and_follow(&guest, exec_id, start, io).await?;
+    let follow = start_and_follow(&guest, exec_id, start, io);
+    let (ended, blocked) = Box::pin(feed::around(&guest, &env.printer, follow)).await;
+    let ended = ended?;
     if args.detach {
         env.printer.answer(exec_id.to_string())?;
         return Ok(Exit::OK);
@@ -90,6 +93,7 @@ pub(super) async fn run(args: ExecArgs, env: &Env) -> Outcome {
     if let Some((found, _)) = &synced {
         say_news(&guest, found, &ended, env).await;
     }
+    blocked.iter().for_each(|line| env.printer.hint(line));
     Ok(finish(env, &ended, &args.name))
 }
 

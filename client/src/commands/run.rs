@@ -26,6 +26,7 @@ use crate::forward::{self, ForwardArgs};
 use crate::ports::{self, PortArgs};
 use crate::spec::{self, EnvArgs, SpecArgs};
 use crate::tunnel::exec::Ended;
+use crate::tunnel::feed;
 use crate::tunnel::guest::Guest;
 use crate::tunnel::tty::{self, TtyArgs};
 use crate::{git, ids, sandbox, sync, user};
@@ -212,7 +213,8 @@ async fn run_in(
     };
     let mut start = plan.start.clone();
     let _forwarding = plan.forward.start(&guest, &mut start).await?;
-    let ended = start_and_follow(&guest, ids::exec_id()?, start, io).await;
+    let follow = start_and_follow(&guest, ids::exec_id()?, start, io);
+    let (ended, blocked) = Box::pin(feed::around(&guest, &env.printer, follow)).await;
     if let (Some(folder), Ok(Ended::Exited(_) | Ended::OutputClosed)) = (folder, &ended) {
         let back = sync::after(&guest, &running, folder, env);
         let Some(back) = or_interrupted(back).await? else {
@@ -225,6 +227,7 @@ async fn run_in(
     if let Ok(ended) = &ended {
         say_news(&guest, &running, ended, env).await;
     }
+    blocked.iter().for_each(|line| env.printer.hint(line));
     Ok((ended?, published))
 }
 
@@ -317,6 +320,22 @@ pub(super) async fn folder_sandbox(
         name.is_none_or(|name| s.spec.as_ref().is_some_and(|spec| spec.name == name))
     };
     Ok(all.into_iter().filter(usable).filter(named).max_by_key(|s| (s.created_ms, s.id.clone())))
+}
+
+/// Finds the sandbox that was named, else this folder's.
+pub(super) async fn named_or_here(
+    cluster: &Cluster,
+    name: Option<&str>,
+) -> anyhow::Result<v1::Sandbox> {
+    if let Some(name) = name {
+        return sandbox::find(cluster, name).await;
+    }
+    let folder = ProjectFolder::find(&std::env::current_dir()?, user::home().as_deref())?;
+    let found = folder_sandbox(cluster, &folder, None).await?;
+    found.ok_or_else(|| {
+        let text = format!("there is no sandbox for the folder `{}`", folder.path.display());
+        Failure::new(text).hint("`tow run -- CMD` makes one; `tow ls` lists all").into()
+    })
 }
 
 /// Whether `tow run` may enter it: not one that is on its way out.

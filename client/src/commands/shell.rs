@@ -4,10 +4,10 @@ use clap::Args;
 use towline_proto::v1;
 
 use super::exec::{finish, start_and_follow};
-use super::run::folder_sandbox;
+use super::run::named_or_here;
 use crate::cluster::{Cluster, Start};
 use crate::commands::Env;
-use crate::error::{Failure, Outcome};
+use crate::error::Outcome;
 use crate::folder::ProjectFolder;
 use crate::forward::ForwardArgs;
 use crate::spec::EnvArgs;
@@ -42,10 +42,7 @@ pub struct ShellArgs {
 pub(super) async fn run(args: ShellArgs, env: &Env) -> Outcome {
     args.forward.check().await?;
     let cluster = Cluster::open(env, Start::UnlessDown).await?;
-    let found = match &args.name {
-        Some(name) => sandbox::find(&cluster, name).await?,
-        None => here(&cluster).await?,
-    };
+    let found = named_or_here(&cluster, args.name.as_deref()).await?;
     let found = sandbox::ensure_running(&cluster, found, &env.printer).await?;
     let terminal = args.tty.terminal();
     let mut start = v1::ExecStart {
@@ -67,15 +64,6 @@ pub(super) async fn run(args: ShellArgs, env: &Env) -> Outcome {
         sync::after(&guest, &found, folder, env).await?;
     }
     Ok(finish(env, &ended, &sandbox::name(&found)))
-}
-
-async fn here(cluster: &Cluster) -> anyhow::Result<v1::Sandbox> {
-    let folder = ProjectFolder::find(&std::env::current_dir()?, user::home().as_deref())?;
-    let found = folder_sandbox(cluster, &folder, None).await?;
-    found.ok_or_else(|| {
-        let text = format!("there is no sandbox for the folder `{}`", folder.path.display());
-        Failure::new(text).hint("`tow run -- CMD` makes one; `tow ls` lists all").into()
-    })
 }
 
 /// The user's own shell with a local image; else the best there is in any image.

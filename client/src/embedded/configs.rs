@@ -2,6 +2,7 @@
 //! certificates, contexts and nodes need not change when the cluster starts again.
 
 use std::fs;
+use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::PathBuf;
 
@@ -11,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::layout::Layout;
 use crate::config::write_private;
 use crate::env_vars;
+use crate::error::Failure;
 
 /// Name of the only member.
 const MEMBER: &str = "embedded";
@@ -37,6 +39,18 @@ struct NodeConfig {
     warm: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     guest_agent: Option<PathBuf>,
+    // A table: after all else.
+    #[serde(skip_serializing_if = "toml::Table::is_empty")]
+    egress: toml::Table,
+}
+
+/// The part of a node's configuration that its user writes where there is no other operator.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UserNodeConfig {
+    /// As the node agent reads it, which also checks it.
+    #[serde(default)]
+    egress: toml::Table,
 }
 
 /// Writes both files and returns where the control plane will listen.
@@ -56,10 +70,27 @@ pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
         accel: accel.map_or_else(|| "auto".into(), |accel| accel.to_string_lossy().into_owned()),
         warm: env_vars::get(env_vars::TOWLINE_WARM).is_none_or(|value| value != "off"),
         guest_agent: env_vars::get(env_vars::TOWLINE_GUEST_AGENT).map(PathBuf::from),
+        egress: user_node_config(layout)?.egress,
     };
     store(layout.member_config(), &member)?;
     store(layout.node_config(), &node)?;
     Ok(listen)
+}
+
+fn user_node_config(layout: &Layout) -> anyhow::Result<UserNodeConfig> {
+    let path = layout.user_node_config();
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Default::default()),
+        Err(error) => {
+            let text = format!("could not read `{}`", path.display());
+            return Err(Failure::new(text).because(error).into());
+        }
+    };
+    toml::from_str(&text).map_err(|error| {
+        let reason = crate::nearest::explain_toml(&error);
+        Failure::usage(format!("`{}`: {reason}", path.display())).into()
+    })
 }
 
 fn store(path: PathBuf, config: &impl Serialize) -> anyhow::Result<()> {
@@ -86,6 +117,27 @@ fn free_port() -> anyhow::Result<SocketAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_user_allows_is_passed_on_and_nothing_else_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout {
+            data: dir.path().join("data"),
+            keys: dir.path().join("config/embedded"),
+            cache: dir.path().join("cache"),
+        };
+        fs::create_dir(dir.path().join("config")).unwrap();
+        let file = layout.user_node_config();
+        fs::write(&file, "[[egress.allow]]\nname = 'mirror.example'\nports = [443]\n").unwrap();
+        write(&layout).unwrap();
+        let written: toml::Table =
+            fs::read_to_string(layout.node_config()).unwrap().parse().unwrap();
+        assert_eq!(written["egress"]["allow"][0]["name"].as_str(), Some("mirror.example"));
+        assert_eq!(written["name"].as_str(), Some(NODE));
+        fs::write(&file, "data_dir = '/elsewhere'").unwrap();
+        let error = write(&layout).unwrap_err().to_string();
+        assert!(error.contains("unknown key `data_dir`"), "{error}");
+    }
 
     #[test]
     fn the_port_is_kept_unless_somebody_took_it() {

@@ -52,6 +52,11 @@ impl Layout {
         self.data.join("node-agent.toml")
     }
 
+    /// What the user wants of the node agent: `[[egress.allow]]`. Only read.
+    pub fn user_node_config(&self) -> PathBuf {
+        self.keys.with_file_name("node-agent.toml")
+    }
+
     /// The node agent's join token.
     pub fn node_token(&self) -> PathBuf {
         self.data.join("node.token")

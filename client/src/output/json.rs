@@ -182,7 +182,7 @@ mod tests {
                 processes_max: 4096,
             }),
             isolation: v1::Isolation::Vm.into(),
-            policy: "none".into(),
+            policy: "public".into(),
             folder: Some(v1::Folder { path: b"/home/me/\xffp".to_vec(), device: 1, inode: 2 }),
             ..Default::default()
         };

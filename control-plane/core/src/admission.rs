@@ -23,6 +23,8 @@ const TEXT_MAX: usize = 512;
 const GROUPS_MAX: usize = 65536;
 /// Longest timeout; no sum of it and a time overflows.
 const TIMEOUT_S_MAX: u64 = 10 * 365 * 24 * 3600;
+/// Egress policies; the first is the default.
+const POLICIES: [&str; 2] = ["public", "none"];
 /// Length of an idempotency key.
 const KEY_BYTES: std::ops::RangeInclusive<usize> = 8..=64;
 
@@ -66,14 +68,14 @@ pub(crate) fn check_timeout(seconds: u64) -> Result<(), Refusal> {
 
 fn check_policy(policy: &mut String) -> Result<(), Refusal> {
     if policy.is_empty() {
-        "none".clone_into(policy);
+        POLICIES[0].clone_into(policy);
     }
-    if policy == "none" {
+    if POLICIES.contains(&policy.as_str()) {
         return Ok(());
     }
     Err(Refusal::invalid(format!(
-        "policy `{}` is not supported by this version: only `none` (no network) is; leave --policy \
-         out",
+        "there is no policy `{}`: use `public` (the public internet; the default) or `none` (no \
+         network)",
         shown(policy)
     )))
 }
@@ -201,13 +203,17 @@ mod tests {
     fn what_is_unsaid_is_written_down() {
         let mut spec = spec();
         check_spec(&mut spec).unwrap();
+        assert_eq!(spec.policy, "public");
+        spec.policy = "none".into();
+        check_spec(&mut spec).unwrap();
         assert_eq!(spec.policy, "none");
         assert_eq!(spec.isolation(), Isolation::Vm);
     }
 
     #[test]
     fn refusals_say_what_to_change() {
-        assert!(refused(|s| s.policy = "web".into()).contains("leave --policy out"));
+        let policy = refused(|s| s.policy = "web".into());
+        assert!(policy.contains("`public`") && policy.contains("`none`"), "{policy}");
         assert!(refused(|s| s.set_isolation(Isolation::Process)).contains("shares the node's"));
         assert!(refused(|s| s.image = None).contains("--image local"));
         assert!(refused(|s| s.name = "a/b".into()).contains("not a name"));

@@ -23,6 +23,8 @@ pub struct Cluster {
     bin: PathBuf,
     variables: Vec<(&'static str, &'static str)>,
     own_cache: bool,
+    /// Name of the network namespace that everything runs in, if not the test's own.
+    netns: Option<String>,
 }
 
 impl Cluster {
@@ -51,7 +53,7 @@ impl Cluster {
         for folder in ["run", "home", "data", "config", "state", "work"] {
             std::fs::create_dir(root.path().join(folder)).map_err(|e| e.to_string())?;
         }
-        Ok(Self { root, bin, variables: Vec::new(), own_cache: false })
+        Ok(Self { root, bin, variables: Vec::new(), own_cache: false, netns: None })
     }
 
     /// The same with one more variable in its environment.
@@ -83,6 +85,19 @@ impl Cluster {
         let cluster = Self::prepare()?;
         cluster.tow(["up", "--detach"]).finish(BOOT).ok();
         Ok(cluster)
+    }
+
+    /// Makes everything that is started from now on run in a network namespace (`ip netns`).
+    pub fn within(mut self, netns: &str) -> Self {
+        self.netns = Some(netns.to_owned());
+        self
+    }
+
+    /// Writes what sandboxes may reach beyond their policy; read when the cluster comes up.
+    pub fn allow(&self, rules: &str) {
+        let folder = self.root().join("config/towline");
+        std::fs::create_dir_all(&folder).expect("a folder");
+        std::fs::write(folder.join("node-agent.toml"), rules).expect("a file");
     }
 
     /// The temporary folder that holds everything.
@@ -121,7 +136,14 @@ impl Cluster {
 
     /// A command with the cluster's environment.
     pub fn command(&self, program: impl AsRef<OsStr>, folder: &Path) -> Command {
-        let mut command = Command::new(program);
+        let mut command = match &self.netns {
+            None => Command::new(program),
+            Some(netns) => {
+                let mut enter = Command::new("nsenter");
+                enter.arg(format!("--net=/run/netns/{netns}")).arg("--").arg(program);
+                enter
+            }
+        };
         let path = std::env::var_os("PATH").unwrap_or_default();
         command.env_clear().current_dir(folder);
         command.env("PATH", path).env("HOME", self.home()).env("LANG", "C.UTF-8");

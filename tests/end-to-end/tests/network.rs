@@ -1,0 +1,229 @@
+//! What a sandbox reaches, from root in the guest: of everything that it must not reach, nothing,
+//! whichever way it tries; of what an operator allows, that.
+#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
+
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::Value;
+use towline_end_to_end::cluster::{BOOT, SHORT, in_path};
+use towline_end_to_end::run::wait_for;
+use towline_end_to_end::{Cluster, Running, skipped};
+
+/// Tries to reach every address of argv\[1..\] by TCP, UDP and raw packets; prints what connected.
+const PROBE: &str = include_str!("network/probe.py");
+/// Stands on the other end of the wire: answers TCP and UDP, and prints who was meant by each packet
+/// that came.
+const WATCH: &str = include_str!("network/watch.py");
+
+/// Where the other end is: one address of each kind that must not be reached, and a public one.
+const FORBIDDEN: &[&str] = &[
+    "10.77.0.1",
+    "172.16.77.1",
+    "192.168.77.1",
+    "100.64.77.1",
+    "169.254.169.254",
+    "198.51.100.77",
+    "fd00:77::1",
+];
+const PUBLIC: &str = "11.77.0.1";
+/// The node's own, on its end of the wire.
+const OWN: &[&str] = &["10.77.0.2", "11.77.0.2", "fd00:77::2"];
+/// The node's loopback and other notations of it, which nobody but the node has.
+const LOOPBACK: &[&str] = &[
+    "127.0.0.1",
+    "127.0.0.53",
+    "0.0.0.0",
+    "::1",
+    "::ffff:127.0.0.1",
+    "::ffff:10.77.0.1",
+    "64:ff9b::7f00:1",
+    "2002:7f00:1::1",
+    "localhost.",
+];
+const PORT: u16 = 7777;
+
+/// Two network namespaces and a wire between them, gone when dropped.
+struct Wire {
+    node: String,
+    other: String,
+    watchers: Vec<Child>,
+}
+
+impl Wire {
+    fn new() -> Result<Self, String> {
+        if !rustix::process::geteuid().is_root() {
+            return Err("network namespaces need root".into());
+        }
+        for tool in ["ip", "nsenter", "python3"] {
+            if !in_path(tool) {
+                return Err(format!("`{tool}` is not installed"));
+            }
+        }
+        let id = std::process::id();
+        let wire =
+            Self { node: format!("tow-n{id}"), other: format!("tow-o{id}"), watchers: Vec::new() };
+        let (node, other) = (wire.node.clone(), wire.other.clone());
+        ip(&["netns", "add", &node])?;
+        ip(&["netns", "add", &other])?;
+        ip(&[
+            "-n", &node, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns",
+            &other,
+        ])?;
+        for (netns, own) in [(&node, OWN), (&other, FORBIDDEN)] {
+            ip(&["-n", netns, "link", "set", "lo", "up"])?;
+            ip(&["-n", netns, "link", "set", "wire", "up"])?;
+            let public = if netns == &other { Some(&PUBLIC) } else { None };
+            for address in own.iter().chain(public) {
+                let length = if address.contains(':') { 64 } else { 24 };
+                let address = format!("{address}/{length}");
+                let mut add = vec!["-n", netns, "address", "add", &address, "dev", "wire"];
+                if address.contains(':') {
+                    add.push("nodad");
+                }
+                ip(&add)?;
+            }
+        }
+        // The node has a way to each of them: only its policy stands between.
+        for address in FORBIDDEN.iter().filter(|address| !address.contains(':')) {
+            let _ = ip(&["-n", &node, "route", "add", &format!("{address}/32"), "dev", "wire"]);
+        }
+        Ok(wire)
+    }
+
+    /// Starts a watcher in a namespace; what it saw goes into the file.
+    fn watch(&mut self, netns: &str, device: &str, file: &Path) {
+        let out = std::fs::File::create(file).unwrap();
+        let child = Command::new("nsenter")
+            .arg(format!("--net=/run/netns/{netns}"))
+            .args(["--", "python3", "-c", WATCH, device, &PORT.to_string()])
+            .stdout(out)
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        self.watchers.push(child);
+        wait_for("a watcher to listen", SHORT, || {
+            let text = std::fs::read_to_string(file).unwrap_or_default();
+            text.lines().any(|line| line == "ready").then_some(())
+        });
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        for watcher in &mut self.watchers {
+            let _ = watcher.kill();
+            let _ = watcher.wait();
+        }
+        for netns in [&self.node, &self.other] {
+            let _ = ip(&["netns", "delete", netns]);
+        }
+    }
+}
+
+fn ip(arguments: &[&str]) -> Result<(), String> {
+    let done = Command::new("ip").args(arguments).output().map_err(|e| e.to_string())?;
+    if done.status.success() {
+        return Ok(());
+    }
+    Err(format!("ip {arguments:?}: {}", String::from_utf8_lossy(&done.stderr)))
+}
+
+#[test]
+fn root_in_the_guest_reaches_nothing_that_it_must_not() {
+    let mut wire = match Wire::new() {
+        Ok(wire) => wire,
+        Err(why) => skipped!("{why}"),
+    };
+    let cluster = match Cluster::prepare() {
+        Ok(cluster) => cluster.within(&wire.node),
+        Err(why) => skipped!("{why}"),
+    };
+    let [far, near] = ["far", "near"].map(|name| cluster.root().join(name));
+    let (node, other) = (wire.node.clone(), wire.other.clone());
+    wire.watch(&other, "wire", &far);
+    wire.watch(&node, "lo", &near);
+    cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+    for policy in ["public", "none"] {
+        let folder = cluster.folder(policy);
+        let reached = probe(&cluster, &folder, policy);
+        let wanted: &[&str] = if policy == "public" { &[PUBLIC] } else { &[] };
+        assert_eq!(reached, wanted, "under policy {policy}");
+    }
+    let far = std::fs::read_to_string(&far).unwrap();
+    for address in FORBIDDEN {
+        assert!(!far.contains(&format!("packet {address}\n")), "{address} heard of it:\n{far}");
+    }
+    assert!(far.contains(&format!("packet {PUBLIC}\n")), "the watcher sees what comes:\n{far}");
+    let near = std::fs::read_to_string(&near).unwrap();
+    assert!(!near.contains("accepted") && !near.contains("datagram"), "{near}");
+}
+
+/// What root in a new sandbox reached.
+fn probe(cluster: &Cluster, folder: &Path, policy: &str) -> Vec<String> {
+    let mut command = cluster.tow_command(
+        folder,
+        ["run", "--new", "--no-sync", "--policy", policy, "--name", policy, "-u", "root", "--"],
+    );
+    command.args(["/usr/bin/python3", "-c", PROBE, &PORT.to_string(), PUBLIC]);
+    command.args(FORBIDDEN).args(OWN).args(LOOPBACK);
+    let done = Running::start(&mut command, None).finish(2 * BOOT).ok();
+    let reached: Vec<String> = done.out().lines().map(str::to_owned).collect();
+    let why = cluster.json(["why", "--json", policy]).remove(0);
+    assert_eq!(why["policy"], policy);
+    let blocked = why["blocked"].as_array().unwrap();
+    let rule = |target: &str| {
+        let found = blocked.iter().find(|one| one["target"] == target && one["protocol"] == "tcp");
+        found.map(|one| one["rule"].as_str().unwrap().to_owned())
+    };
+    let wanted = |rule: &str| if policy == "none" { "policy none".into() } else { rule.to_owned() };
+    assert_eq!(rule("10.77.0.1"), Some(wanted("private 10.0.0.0/8")), "{why}");
+    let metadata = wanted("metadata 169.254.169.254/32");
+    assert_eq!(rule("169.254.169.254"), Some(metadata), "{why}");
+    let own = wanted("the node's own address 11.77.0.2/32");
+    assert_eq!(rule("11.77.0.2"), Some(own), "{why}");
+    reached
+}
+
+/// Host names of a package index: the index itself, and where it keeps its files.
+const INDEX: &[&str] = &["pypi.org", "files.pythonhosted.org"];
+
+#[test]
+fn a_package_comes_where_the_registry_is_allowed_and_the_rule_is_named_where_it_is_not() {
+    let here = |command: &mut Command| {
+        command.stdin(Stdio::null()).output().is_ok_and(|done| done.status.success())
+    };
+    let to = tempfile::tempdir().unwrap();
+    let download = ["-m", "pip", "download", "--no-deps", "--no-cache-dir", "--retries", "0"];
+    let mut pip = Command::new("/usr/bin/python3");
+    if !here(pip.args(download).arg("--dest").arg(to.path()).arg("six")) {
+        skipped!("this machine itself cannot download a package by pip");
+    }
+    let cluster = match Cluster::prepare() {
+        Ok(cluster) => cluster,
+        Err(why) => skipped!("{why}"),
+    };
+    let rules: String = INDEX
+        .iter()
+        .map(|name| format!("[[egress.allow]]\nname = \"{name}\"\nports = [443]\n"))
+        .collect();
+    cluster.allow(&rules);
+    cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+    let folder = cluster.folder("pip");
+    let run = |policy: &str| {
+        let mut command = cluster.tow_command(
+            &folder,
+            ["run", "--new", "--no-sync", "--policy", policy, "--name", policy, "--"],
+        );
+        command.arg("/usr/bin/python3").args(download).args(["--dest", "/tmp/wheels", "six"]);
+        // What this machine's own pip is told of certificates; its index is the default one.
+        Running::start(&mut command, None).finish(2 * BOOT)
+    };
+    let closed = run("none");
+    assert_ne!(closed.code, 0, "{}", closed.out());
+    let why: Value = cluster.json(["why", "--json", "none"]).remove(0);
+    let named = |one: &Value| one["target"] == INDEX[0] && one["rule"] == "policy none";
+    assert!(why["blocked"].as_array().unwrap().iter().any(named), "{why}");
+    let open = run("public");
+    assert_eq!(open.code, 0, "{}\n{}", open.out(), open.err());
+}
