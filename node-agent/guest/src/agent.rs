@@ -1,8 +1,8 @@
 //! The guest agent's life: one session of the guest link after another, over state that outlives
-//! them: whether it was configured, its execs, the local image's requests.
+//! them: whether it was configured, its execs, the local image's requests, the network's names.
 //!
-//! A session opens the control stream, serves the node's streams, and asks outstanding requests of
-//! the local image again. Execs know nothing of sessions.
+//! A session opens the control stream, serves the node's streams, asks outstanding requests of the
+//! local image again, and takes the workload's connections. Execs know nothing of sessions.
 
 use std::fs;
 use std::io;
@@ -24,6 +24,7 @@ use towline_streams::{
 
 use crate::configure::{configure, set_clock};
 use crate::fuse;
+use crate::net::Network;
 use crate::refusal::Refusal;
 use crate::serve::{Services, serve};
 use crate::shutdown::shut_down;
@@ -44,7 +45,7 @@ struct Agent {
 }
 
 /// Serves sessions until the link itself breaks.
-pub async fn run(mut sessions: GuestSessions) {
+pub async fn run(mut sessions: GuestSessions, network: Network) {
     let agent = Arc::new(Agent {
         stage: watch::Sender::new(Stage::Unconfigured),
         local_image: watch::Sender::new(None),
@@ -52,10 +53,19 @@ pub async fn run(mut sessions: GuestSessions) {
     });
     // A new session ends the streams of the one before, and so its tasks; this only makes it sure.
     let mut current = JoinSet::new();
+    let mut background = JoinSet::new();
+    background.spawn(serve_network(network.clone()));
     while let Some(session) = sessions.next().await {
         current.shutdown().await;
+        network.set_session(session.handle.clone());
         current.spawn(serve_session(Arc::clone(&agent), session));
     }
+}
+
+/// Commands go on without a network when root in the sandbox has removed the device.
+async fn serve_network(network: Network) {
+    let error = network.run().await;
+    log(&format!("the network has ended: {error}"));
 }
 
 async fn serve_session(agent: Arc<Agent>, session: GuestSession) {

@@ -16,6 +16,7 @@ pub mod forward;
 pub mod fuse;
 pub mod gitconfig;
 pub mod listening;
+pub mod net;
 pub mod nonblocking;
 pub mod refusal;
 pub mod root;

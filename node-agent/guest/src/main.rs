@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use towline_guest_agent::{agent, boot, shutdown, workload};
+use towline_guest_agent::{agent, boot, net, shutdown, workload};
 use towline_proto::mux::PORT_NAME;
 use towline_streams::{Marker, MuxDriver, Port};
 
@@ -43,10 +43,11 @@ fn start() -> std::io::Result<()> {
         .build()?;
     runtime.block_on(async {
         let port = Port::open(&Port::find(PORT_NAME)?)?;
+        let network = net::start()?;
         let (sessions, driver) = MuxDriver::guest(port, Marker::BOOT);
         tokio::select! {
             result = driver => result,
-            () = agent::run(sessions) => Ok(()),
+            () = agent::run(sessions, network) => Ok(()),
         }
     })
 }

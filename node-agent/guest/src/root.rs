@@ -211,7 +211,9 @@ fn write_names(root: &OwnedFd, spec: &RootSpec) -> io::Result<()> {
     let hosts = format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
     );
-    let resolv = "# This sandbox has no network (policy none).\n";
+    // Containers in the sandbox reach it too: it is no loopback address.
+    let resolver = crate::net::RESOLVER_V4;
+    let resolv = format!("nameserver {resolver}\noptions edns0\n");
     let mut files = vec![
         ("hostname", format!("{name}\n").into_bytes()),
         ("hosts", hosts.into()),

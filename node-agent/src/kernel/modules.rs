@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What the guest agent needs, besides what these depend on. Built-in ones are passed over.
-const WANTED: [&str; 8] = [
+const WANTED: [&str; 9] = [
     "virtio_mmio",
     "virtio_console",
     "virtio_rng",
@@ -15,6 +15,7 @@ const WANTED: [&str; 8] = [
     "ext4",
     "overlay",
     "fuse",
+    "tun",
 ];
 /// Longest chain of dependencies; more is a loop.
 const DEPTH_MAX: usize = 16;
@@ -167,12 +168,13 @@ mod tests {
         write("squashfs", "");
         write("overlay", "");
         write("fuse", "");
+        write("tun", "");
         fs::write(tree.path().join("modules.builtin"), "kernel/fs/ext4/ext4.ko\n").unwrap();
         let order = select(tree.path(), into.path()).unwrap();
         assert_eq!(
             order.join(" "),
             "virtio_ring.ko virtio.ko virtio_mmio.ko virtio_console.ko virtio-rng.ko virtio_blk.ko \
-             squashfs.ko overlay.ko fuse.ko"
+             squashfs.ko overlay.ko fuse.ko tun.ko"
         );
         fs::remove_file(tree.path().join("fuse.ko")).unwrap();
         assert_eq!(select(tree.path(), into.path()).unwrap_err(), "it has no module `fuse`");

@@ -23,9 +23,10 @@ pub(crate) const BOOT_MAX: Duration = Duration::from_secs(90);
 pub(crate) const PROCESSES_MAX: u32 = 60;
 
 /// What the tests run; each is taken from this machine with its libraries.
-const PROGRAMS: [&str; 23] = [
+const PROGRAMS: [&str; 25] = [
     "bash", "sh", "cat", "head", "tail", "ls", "id", "stat", "dd", "df", "rm", "mkdir", "sleep",
-    "stty", "tty", "uname", "touch", "mount", "perl", "find", "sort", "env", "mknod",
+    "stty", "tty", "uname", "touch", "mount", "perl", "find", "sort", "env", "mknod", "seq",
+    "sha256sum",
 ];
 /// These too, where this machine has them.
 const PROGRAMS_MAYBE: [&str; 2] = ["kmod", "ssh-keygen"];

@@ -9,6 +9,7 @@
 
 mod guest;
 mod local_image;
+mod net;
 mod warm;
 
 use std::time::Duration;
