@@ -20,6 +20,9 @@ mod resolver;
 mod tcp;
 mod udp;
 
+#[doc(hidden)]
+pub mod fuzzing;
+
 pub use addresses::{OWN_V4, OWN_V6, RESOLVER_V4, RESOLVER_V6};
 pub use device::Tun;
 pub use network::{Network, Wire};

@@ -24,8 +24,30 @@ pub(crate) const PROCESSES_MAX: u32 = 60;
 
 /// What the tests run; each is taken from this machine with its libraries.
 const PROGRAMS: [&str; 25] = [
-    "bash", "sh", "cat", "head", "tail", "ls", "id", "stat", "dd", "df", "rm", "mkdir", "sleep",
-    "stty", "tty", "uname", "touch", "mount", "perl", "find", "sort", "env", "mknod", "seq",
+    "bash",
+    "sh",
+    "cat",
+    "head",
+    "tail",
+    "ls",
+    "id",
+    "stat",
+    "dd",
+    "df",
+    "rm",
+    "mkdir",
+    "sleep",
+    "stty",
+    "tty",
+    "uname",
+    "touch",
+    "mount",
+    "perl",
+    "find",
+    "sort",
+    "env",
+    "mknod",
+    "seq",
     "sha256sum",
 ];
 /// These too, where this machine has them.

@@ -144,3 +144,13 @@ pub fn copy_archives(bytes: &[u8]) {
     assert_eq!(beside, 1, "nothing is made beside the destination");
     assert!(!inner.join(".tow-stage").exists(), "nothing half-made is left");
 }
+
+/// Packets that the workload sends to the outside, as the guest agent takes them from its device.
+pub fn workload_packets(bytes: &[u8]) {
+    towline_guest_agent::net::fuzzing::packets(bytes);
+}
+
+/// Messages to the sandbox's resolver.
+pub fn dns_questions(bytes: &[u8]) {
+    towline_guest_agent::net::fuzzing::question(bytes);
+}

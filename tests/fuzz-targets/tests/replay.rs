@@ -32,5 +32,5 @@ macro_rules! replays {
 
 replays! {
     frames guest_messages oci_documents registry_answers docker_documents layer_archives
-    fuse_requests sync_frames tcp_frames copy_archives egress
+    fuse_requests sync_frames tcp_frames copy_archives egress workload_packets dns_questions
 }

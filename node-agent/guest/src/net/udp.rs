@@ -80,11 +80,11 @@ pub(super) fn receive(
 impl UdpFlow {
     fn put(&self, shared: &Shared, packet: &[u8]) {
         self.state.touch(shared);
-        let waiting = self.state.waiting_bytes.load(Ordering::Relaxed);
-        if waiting + packet.len() <= WAITING_BYTES_MAX
-            && self.packets.try_send(packet.to_vec()).is_ok()
+        let waiting = self.state.waiting_bytes.fetch_add(packet.len(), Ordering::Relaxed);
+        if waiting + packet.len() > WAITING_BYTES_MAX
+            || self.packets.try_send(packet.to_vec()).is_err()
         {
-            self.state.waiting_bytes.fetch_add(packet.len(), Ordering::Relaxed);
+            self.state.waiting_bytes.fetch_sub(packet.len(), Ordering::Relaxed);
         }
     }
 }
