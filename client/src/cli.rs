@@ -67,6 +67,8 @@ pub enum Verb {
     Start(commands::start::StartArgs),
     /// Remove sandboxes and their disks
     Rm(commands::rm::RmArgs),
+    /// Remove stopped sandboxes and images that nobody uses
+    Prune(commands::prune::PruneArgs),
     /// Say or change when a sandbox is stopped by itself
     Ttl(commands::ttl::TtlArgs),
     /// Check this machine, say what to do, mend what can be mended
@@ -107,6 +109,7 @@ impl Verb {
             Self::Stop(args) => args.json,
             Self::Start(args) => args.json,
             Self::Rm(args) => args.json,
+            Self::Prune(args) => args.json,
             Self::Ttl(args) => args.json,
             Self::Doctor(args) => args.json,
             Self::Version(args) => args.json,
@@ -126,7 +129,6 @@ const LATER_VERBS: &[&str] = &[
     "sync",
     "pause",
     "resume",
-    "prune",
     "checkpoint",
     "restore",
     "fork",

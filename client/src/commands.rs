@@ -15,6 +15,7 @@ pub mod logs;
 pub mod ls;
 pub mod node;
 pub mod ports;
+pub mod prune;
 pub mod rm;
 pub mod run;
 pub mod shell;
@@ -60,6 +61,7 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Stop(args) => stop::run(args, &env).await,
         Verb::Start(args) => start::run(args, &env).await,
         Verb::Rm(args) => rm::run(args, &env).await,
+        Verb::Prune(args) => Box::pin(prune::run(args, &env)).await,
         Verb::Ttl(args) => ttl::run(args, &env).await,
         Verb::Doctor(args) => doctor::run(args, &env).await,
         Verb::Completions(args) => completions::run(&args),

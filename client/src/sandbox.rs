@@ -208,12 +208,12 @@ pub async fn wait_stopped(
     .map(drop)
 }
 
-/// Waits until a removed sandbox is gone.
+/// Waits until a removed sandbox is gone; returns what that freed, where the node said so.
 pub async fn wait_gone(
     cluster: &Cluster,
     sandbox: &v1::Sandbox,
     printer: &Printer,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<u64>> {
     let progress = printer.progress(format!("removing {}", name(sandbox)));
     let end = follow(cluster, sandbox, |now| {
         progress.set(describe(now));
@@ -221,8 +221,9 @@ pub async fn wait_gone(
     })
     .await;
     match end {
-        Err(error) if error.is::<Gone>() => Ok(()),
-        other => other.map(drop),
+        Ok(last) => Ok(last.observed.map(|observed| observed.freed_bytes)),
+        Err(error) if error.is::<Gone>() => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

@@ -159,7 +159,7 @@ async fn users_see_their_own_and_get_tickets_for_it() {
         Some(Code::Unauthenticated)
     );
 
-    let ask = v1::IssueTicketRequest { sandbox_id: made.id.clone(), node_id: vec![] };
+    let ask = v1::IssueTicketRequest { sandbox_id: made.id.clone(), ..Default::default() };
     assert!(bob_client.issue_ticket(ask.clone()).await.is_err());
     assert!(admin.issue_ticket(ask.clone()).await.is_err(), "no certificate to bind it to");
     let ticket = ada_client.issue_ticket(ask).await.unwrap().into_inner();

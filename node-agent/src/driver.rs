@@ -141,7 +141,7 @@ impl Driver {
             tracing::trace!(?effect);
             self.effect(effect).await;
         }
-        if let Input::Destroyed { sandbox } = input {
+        if let Input::Destroyed { sandbox, .. } = input {
             self.machine.feeds.forget(sandbox);
             self.gates.forget(sandbox);
             self.work.remove(&sandbox);

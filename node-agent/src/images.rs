@@ -4,20 +4,28 @@
 //! Blocking, and safe to repeat: what is there is used. A sandbox keeps the local image that it was
 //! made with, whatever happens to the machine's files or the cache.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 
+use rustix::fs::{FlockOperation, flock};
 use towline_images::local::{self, Manifest};
 use towline_images::registry::Private;
-use towline_images::{Digest, ImageConfig, ImageError, Store, prepare};
+use towline_images::{Collected, Digest, ImageConfig, ImageError, Store, collect, prepare};
 use towline_node_core::{Assignment, Failure};
+use towline_proto::v1::StreamErrorCode;
 use towline_proto::v1::image_ref::Source;
 
+use crate::gates::Refused;
 use crate::store::SandboxDir;
+
+/// What was written within this time stays, whoever uses it: its name may be on its way. Longer than
+/// a ticket lives, so that what a ticket does not know yet is always younger.
+const COLLECT_GRACE: Duration = Duration::from_secs(3600);
 
 /// A sandbox's image, ready.
 #[derive(Debug)]
@@ -43,6 +51,8 @@ pub struct Images {
     private_registries: Private,
     /// Manifests in use: sandboxes of one image share one.
     manifests: Mutex<BTreeMap<String, Weak<Manifest>>>,
+    /// Locked by each node agent that uses the cache.
+    users: fs::File,
     /// Held while the machine is looked at, which takes memory: one sandbox after another.
     looking: Mutex<()>,
 }
@@ -57,8 +67,13 @@ impl Images {
     ) -> Result<Self, ImageError> {
         let store = Store::open(cache)?;
         let (cache, root) = (cache.to_owned(), root.to_owned());
+        let users = users_of(&cache).map_err(|source| ImageError::Io {
+            what: "lock",
+            path: cache.clone(),
+            source,
+        })?;
         let (manifests, looking) = (Mutex::default(), Mutex::default());
-        Ok(Self { store, cache, root, embedded, private_registries, manifests, looking })
+        Ok(Self { store, cache, root, embedded, private_registries, manifests, users, looking })
     }
 
     /// The store, for imports.
@@ -69,6 +84,29 @@ impl Images {
     /// Which registries may be on private addresses.
     pub(crate) fn private_registries(&self) -> &Private {
         &self.private_registries
+    }
+
+    /// Removes what only images that are not in `keep` need. Blocks.
+    pub fn collect(&self, keep: &[String]) -> Result<Collected, Refused> {
+        let parsed: Result<BTreeSet<Digest>, _> = keep.iter().map(|text| text.parse()).collect();
+        let keep = parsed.map_err(|_| {
+            Refused::new(StreamErrorCode::Invalid, "the list of images holds what is no digest")
+        })?;
+        // Of another node agent's images nothing is known here.
+        if flock(&self.users, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let _ = flock(&self.users, FlockOperation::LockShared);
+            let why = "another node agent uses this cache too: images stay while it does";
+            return Err(Refused::new(StreamErrorCode::Limit, why));
+        }
+        let collected = collect(&self.store, &keep, COLLECT_GRACE);
+        let _ = flock(&self.users, FlockOperation::LockShared);
+        collected.map_err(|error| {
+            let code = match error {
+                ImageError::Busy => StreamErrorCode::Limit,
+                _ => StreamErrorCode::Internal,
+            };
+            Refused::new(code, crate::chain(&error))
+        })
     }
 
     /// Makes the image of a sandbox ready. `progress` is told what it does.
@@ -151,6 +189,13 @@ impl Images {
             }
         }
     }
+}
+
+/// Says that this node agent uses the cache, for as long as the file is held.
+fn users_of(cache: &Path) -> io::Result<fs::File> {
+    let file = fs::File::options().create(true).append(true).open(cache.join("images/.users"))?;
+    flock(&file, FlockOperation::LockShared)?;
+    Ok(file)
 }
 
 /// Links a file of the cache, or copies it where the cache is another file system.

@@ -459,9 +459,9 @@ impl Machine {
     /// `Effect::Destroy`, after the sandbox's work has been given up.
     pub async fn destroy(self: Arc<Self>, sandbox: SandboxId) {
         let input = match self.remove(sandbox).await {
-            Ok(()) => {
-                tracing::info!(%sandbox, "sandbox destroyed");
-                Input::Destroyed { sandbox }
+            Ok(freed_bytes) => {
+                tracing::info!(%sandbox, freed_bytes, "sandbox destroyed");
+                Input::Destroyed { sandbox, freed_bytes }
             }
             Err(reason) => {
                 tracing::error!(%sandbox, reason, "sandbox could not be destroyed");
@@ -471,7 +471,7 @@ impl Machine {
         self.tell(input).await;
     }
 
-    async fn remove(&self, sandbox: SandboxId) -> Result<(), String> {
+    async fn remove(&self, sandbox: SandboxId) -> Result<u64, String> {
         if let Some(guest) = self.guests.get(sandbox) {
             guest.vm.kill().map_err(|error| error.to_string())?;
         }

@@ -7,7 +7,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use prost::Message;
@@ -231,8 +231,9 @@ impl SandboxDir {
     }
 
     /// Removes everything; that there is nothing is fine. The record goes first, so that a removal
-    /// that is cut off is not mistaken for a sandbox.
-    pub fn remove(&self) -> Result<(), StoreError> {
+    /// that is cut off is not mistaken for a sandbox. Returns the bytes that are free now.
+    pub fn remove(&self) -> Result<u64, StoreError> {
+        let freed = disk_use(&self.root);
         for path in [self.root.join(SPEC), self.upper()] {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -245,9 +246,19 @@ impl SandboxDir {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(failed("remove", &self.root)(error))
             }
-            _ => Ok(()),
+            _ => Ok(freed),
         }
     }
+}
+
+/// What the files below take on the disk; one with another name elsewhere frees nothing.
+fn disk_use(folder: &Path) -> u64 {
+    let size = |entry: fs::DirEntry| match entry.metadata() {
+        Ok(meta) if meta.is_dir() => disk_use(&entry.path()),
+        Ok(meta) if meta.nlink() == 1 => meta.blocks() * 512,
+        Ok(_) | Err(_) => 0,
+    };
+    fs::read_dir(folder).into_iter().flatten().flatten().map(size).sum()
 }
 
 /// Makes a folder that only its owner may look into.
@@ -303,8 +314,8 @@ mod tests {
         folder.set_record(&record).unwrap();
         assert_eq!(folder.record(), Some(record));
         assert_eq!(store.sandboxes().unwrap(), [id()]);
-        folder.remove().unwrap();
-        folder.remove().unwrap();
+        assert!(folder.remove().unwrap() > 0);
+        assert_eq!(folder.remove().unwrap(), 0);
         assert_eq!(store.sandboxes().unwrap(), []);
     }
 

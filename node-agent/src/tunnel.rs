@@ -10,13 +10,16 @@ use tokio::io::AsyncWriteExt;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use towline_images::Collected;
 use towline_link::endpoint::{LinkConnection, LinkServer};
 use towline_link::stream::{LinkStream, Priority, RESET_CANCELLED};
-use towline_link::ticket::{CheckedTicket, TicketContext, TicketTarget, TicketVerifier};
+use towline_link::ticket::{
+    CheckedTicket, TicketContext, TicketTarget, TicketVerifier, keep_digest,
+};
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::ids::{NodeId, SandboxId};
 use towline_proto::v1::stream_open::Kind;
-use towline_proto::v1::{NodeRegistered, StreamErrorCode, StreamOpen};
+use towline_proto::v1::{ImagesCollected, NodeRegistered, StreamErrorCode, StreamOpen};
 use towline_streams::{Priority as GuestPriority, splice};
 
 use crate::feed::{self, Feeds};
@@ -172,6 +175,21 @@ impl Tunnel {
             (Some(Kind::ImagePull(pull)), TicketTarget::Images) => {
                 return self.pulls.serve(pull.clone(), stream).await;
             }
+            (Some(Kind::ImageCollect(open)), TicketTarget::Images) => {
+                match self.collect(&checked.keep_sha256, open.keep.clone()).await {
+                    Ok(collected) => {
+                        let frame = Frame::message(FrameKind::ImagesCollected, &collected);
+                        if stream.writer.send(&frame).await.is_ok() {
+                            let _ = stream.writer.finish().await;
+                        }
+                        return;
+                    }
+                    Err(refused) => refused,
+                }
+            }
+            (Some(Kind::ImageCollect(_)), TicketTarget::Sandbox(_)) => {
+                Refused::new(StreamErrorCode::Ticket, "this needs a ticket to collect images")
+            }
             (Some(Kind::ImageImport(_) | Kind::ImagePull(_)), TicketTarget::Sandbox(_)) => {
                 Refused::new(StreamErrorCode::Ticket, "this needs a ticket for images")
             }
@@ -198,6 +216,21 @@ impl Tunnel {
             ),
         };
         streams::refuse(&mut stream.writer, &refusal).await;
+    }
+
+    /// Removes images; only what the control plane said is not used.
+    async fn collect(&self, wanted: &[u8], keep: Vec<String>) -> Result<ImagesCollected, Refused> {
+        if wanted.is_empty() || keep_digest(&keep) != wanted {
+            let why = "the ticket does not name this list of images to keep";
+            return Err(Refused::new(StreamErrorCode::Ticket, why));
+        }
+        let images = Arc::clone(&self.images);
+        let collected = tokio::task::spawn_blocking(move || images.collect(&keep)).await;
+        let collected = collected
+            .map_err(|error| Refused::new(StreamErrorCode::Internal, error.to_string()))??;
+        tracing::info!(?collected, "images collected");
+        let Collected { images, files, bytes } = collected;
+        Ok(ImagesCollected { images, files, bytes })
     }
 
     /// Copies between laptop and guest until both ended, or until the sandbox's streams must end.
@@ -279,6 +312,7 @@ fn priority(kind: Option<&Kind>) -> GuestPriority {
             | Kind::Ping(_)
             | Kind::ExecList(_)
             | Kind::Lookup(_)
+            | Kind::ImageCollect(_)
             | Kind::Feed(_)
             | Kind::PortList(_)
             | Kind::Forward(_),

@@ -8,13 +8,14 @@ mod node_support;
 use node_support::{Template, WAIT_MAX, World, desired, sandbox};
 use towline_images::fixture::{Layer, Layout};
 use towline_link::stream::LinkStream;
+use towline_link::ticket::keep_digest;
 use towline_node_agent::hypervisor::VmShape;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
-    Desired, EgressOpen, EgressProtocol, ExecListOpen, FeedEntry, FeedOpen, ImageImportOpen,
-    ImageImported, LookupAnswer, LookupOpen, Phase, StreamError, StreamErrorCode, StreamOpen,
-    Ticket, egress_open, feed_entry, image_ref,
+    Desired, EgressOpen, EgressProtocol, ExecListOpen, FeedEntry, FeedOpen, ImageCollectOpen,
+    ImageImportOpen, ImageImported, ImagesCollected, LookupAnswer, LookupOpen, Phase, StreamError,
+    StreamErrorCode, StreamOpen, Ticket, egress_open, feed_entry, image_ref,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -241,6 +242,25 @@ async fn an_image_that_a_laptop_sends_is_what_a_sandbox_runs() {
     let running = world.control.until(1, 1, Phase::Running).await;
     assert_eq!(running.image_digest, imported.digest);
     assert_eq!(world.doubles.configured(0).layers, 1);
+
+    // Images are removed only by a ticket that names what stays, and what is young stays.
+    let keep = vec![imported.digest.clone()];
+    let collect = |ticket: &Ticket, keep: &[String]| StreamOpen {
+        ticket: world.control.signer.sign(ticket),
+        kind: Some(Kind::ImageCollect(ImageCollectOpen { keep: keep.to_vec() })),
+    };
+    let names = Ticket { keep_sha256: keep_digest(&keep), ..images.clone() };
+    for open in [collect(&images, &keep), collect(&names, &[]), collect(&images, &[])] {
+        let mut stream = laptop.open(&open).await;
+        let error: StreamError = answer(&mut stream, FrameKind::Error).await.decode().unwrap();
+        assert_eq!(error.code(), StreamErrorCode::Ticket, "{}", error.message);
+    }
+    for kept in [&keep[..], &[]] {
+        let named = Ticket { keep_sha256: keep_digest(kept), ..images.clone() };
+        let mut stream = laptop.open(&collect(&named, kept)).await;
+        let frame = answer(&mut stream, FrameKind::ImagesCollected).await;
+        assert_eq!(frame.decode::<ImagesCollected>().unwrap(), ImagesCollected::default());
+    }
 
     // A damaged archive, and one that is cut off, are refused, the former with its reason.
     let middle = archive.len() / 2;

@@ -96,6 +96,8 @@ pub enum FrameKind {
     FeedEntry = 113,
     /// `FeedEnd`.
     FeedEnd = 114,
+    /// `ImagesCollected`.
+    ImagesCollected = 130,
 }
 
 /// One frame.

@@ -141,6 +141,7 @@ async fn put(
         digest: imported.digest.clone(),
         bytes: imported.bytes,
         created_ms: 0,
+        sandboxes: 0,
     };
     let request = v1::PutImageRequest { idempotency_key: new_key(), image: Some(image) };
     let call = |mut client: Client| {

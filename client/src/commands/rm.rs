@@ -31,29 +31,35 @@ pub(super) async fn run(args: RmArgs, env: &Env) -> Outcome {
         all.push(sandbox::find(&cluster, name).await?);
     }
     for found in &all {
-        remove(&cluster, found, env).await?;
+        let freed = remove(&cluster, found, env).await?;
         match env.printer.json() {
             true => env.printer.object(&json::sandbox(found))?,
             false => {
-                env.printer.answer(format!("removed {}{}", sandbox::name(found), lost(found)))?;
+                let name = sandbox::name(found);
+                env.printer.answer(format!("removed {name}{}", lost(found, freed)))?;
             }
         }
     }
     Ok(Exit::OK)
 }
 
-/// Removes one and waits until nothing is left of it.
+/// Removes one and waits until nothing is left of it; returns what that freed, if that is known.
 pub(super) async fn remove(
     cluster: &Cluster,
     found: &v1::Sandbox,
     env: &Env,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Option<u64>> {
     let wanted = sandbox::set_desired(cluster, found, Desired::Deleted).await?;
-    sandbox::wait_gone(cluster, &wanted, &env.printer).await?;
-    files::forget(&found.id)
+    let freed = sandbox::wait_gone(cluster, &wanted, &env.printer).await?;
+    files::forget(&found.id)?;
+    Ok(freed)
 }
 
-fn lost(found: &v1::Sandbox) -> String {
+/// What was destroyed.
+pub(super) fn lost(found: &v1::Sandbox, freed: Option<u64>) -> String {
+    if let Some(freed) = freed {
+        return format!(" and its disk ({} freed)", human::bytes(freed));
+    }
     let disk = found.spec.as_ref().and_then(|spec| spec.shape).unwrap_or_default().disk_mib;
     format!(" and its disk (up to {})", human::mib(disk))
 }

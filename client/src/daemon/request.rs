@@ -247,7 +247,9 @@ async fn say_open(
         .await
         .map_err(|_| DaemonFailure::passing("the link has as many streams as the node allows"))?;
     let mut stream = stream.map_err(link_broke)?;
-    let open = StreamOpen { ticket: ticket.signed.clone(), ..open.clone() };
+    // A client that brings a ticket of its own wants that one used: ours is of another kind.
+    let signed = if open.ticket.is_empty() { &ticket.signed } else { &open.ticket };
+    let open = StreamOpen { ticket: signed.clone(), ..open.clone() };
     stream.writer.send_message(FrameKind::Open, &open).await.map_err(link_broke)?;
     Ok(Dialled { stream, lease })
 }

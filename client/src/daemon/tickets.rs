@@ -80,10 +80,10 @@ impl Tickets {
     pub(super) async fn fetch(&self, target: Target) -> Result<Ticket, DaemonFailure> {
         let request = match target {
             Target::Sandbox(id) => {
-                IssueTicketRequest { sandbox_id: id.to_vec(), node_id: Vec::new() }
+                IssueTicketRequest { sandbox_id: id.to_vec(), ..Default::default() }
             }
             Target::Images(node) => {
-                IssueTicketRequest { sandbox_id: Vec::new(), node_id: node.to_vec() }
+                IssueTicketRequest { node_id: node.to_vec(), ..Default::default() }
             }
         };
         let answer = self

@@ -21,6 +21,10 @@ use crate::sandbox;
 /// Bound on asking the control plane about a broken stream.
 const VERDICT_MAX: Duration = Duration::from_secs(3);
 
+/// How often, and how far apart, the record is looked at for what the node has just reported.
+const REPORT_LOOKS: u32 = 10;
+const REPORT_PAUSE: Duration = Duration::from_millis(150);
+
 /// Bound on asking for news after a command that failed: nobody waits for them.
 const NEWS_MAX: Duration = Duration::from_secs(1);
 
@@ -79,6 +83,18 @@ impl<'a> Guest<'a> {
         Opener { daemon: self.daemon.clone(), sandbox: self.sandbox.clone() }
     }
 
+    /// Opens a stream to a node's image store with a ticket that was got for this one purpose.
+    pub async fn open_images(
+        &self,
+        node_id: Vec<u8>,
+        ticket: Vec<u8>,
+        kind: Kind,
+    ) -> Result<OpenedStream, OpenError> {
+        let open = Some(v1::StreamOpen { ticket, kind: Some(kind) });
+        let request = v1::OpenSandboxStream { node_id, open, ..Default::default() };
+        self.daemon.open(request).await
+    }
+
     async fn cluster(&self) -> anyhow::Result<&Cluster> {
         self.cluster.get_or_try_init(|| Cluster::open(self.env, Start::UnlessDown)).await
     }
@@ -99,14 +115,18 @@ impl<'a> Guest<'a> {
 
     /// Why a sandbox does not run, as its record says it, else as its node did: the node knows first.
     async fn not_running(&self, refused: DaemonFailure) -> anyhow::Error {
-        let name = match self.record().await {
-            Ok(Some(found)) => match judge(&found) {
-                Verdict::Gone(error) => return error,
-                Verdict::MayComeBack => sandbox::name(&found),
-            },
-            Ok(None) => return Failure::new("the sandbox was removed").into(),
-            Err(_) => human::printable(&self.sandbox.sandbox_name),
-        };
+        let mut name = human::printable(&self.sandbox.sandbox_name);
+        for _ in 0..REPORT_LOOKS {
+            match self.record().await {
+                Ok(Some(found)) => match judge(&found) {
+                    Verdict::Gone(error) => return error,
+                    Verdict::MayComeBack => name = sandbox::name(&found),
+                },
+                Ok(None) => return Failure::new("the sandbox was removed").into(),
+                Err(_) => break,
+            }
+            tokio::time::sleep(REPORT_PAUSE).await;
+        }
         Failure::new(human::printable(&refused.message))
             .hint(format!("`tow inspect {name}` says how it is, `tow start {name}` starts it"))
             .into()

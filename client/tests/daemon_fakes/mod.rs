@@ -361,6 +361,7 @@ impl rpc::ControlPlane for FakeControlPlane {
         let request = request.into_inner();
         let expires_unix_s = now_s() + 600;
         let ticket = Ticket {
+            keep_sha256: Vec::new(),
             cluster_id: CLUSTER.into(),
             ticket_id: vec![9; 16],
             sandbox_id: request.sandbox_id,
@@ -372,6 +373,7 @@ impl rpc::ControlPlane for FakeControlPlane {
         };
         self.world.tickets_issued.fetch_add(1, Ordering::Relaxed);
         Ok(tonic::Response::new(IssueTicketResponse {
+            keep: Vec::new(),
             ticket: self.signer.sign(&ticket),
             link_endpoint: self.world.link_endpoint.lock().unwrap().clone(),
             node_id: node_id().to_vec(),

@@ -102,6 +102,8 @@ pub enum Answer {
         sandbox: Option<Box<v1::Sandbox>>,
         /// Where.
         node: Box<v1::Node>,
+        /// To remove all images but these from the node's image store, and for nothing else.
+        keep: Option<Vec<String>>,
     },
     /// One image.
     Image(v1::Image),

@@ -1,6 +1,8 @@
 //! Answers to questions, from the applied state. Whether it is new enough (`read_index`) is the
 //! caller's business. Users see what is theirs; what is not theirs does not exist.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use towline_proto::ids::{NodeId, SandboxId};
 use towline_proto::v1::{self, get_sandbox_request::Which};
 
@@ -10,6 +12,8 @@ use crate::state::State;
 use crate::state::nodes::is_silent;
 use crate::state::sandboxes::{no_sandbox, node_id, sandbox_id};
 
+/// Most images that a ticket to collect may keep: their list travels in one frame.
+const KEEP_MAX: usize = 10_000;
 /// Most sandboxes on one page.
 const PAGE_MAX: usize = 1000;
 
@@ -86,7 +90,8 @@ pub(crate) fn ticket(
 ) -> Result<Answer, Refusal> {
     if request.sandbox_id.is_empty() {
         let id = node_id(&request.node_id)?;
-        return Ok(Answer::Ticket { sandbox: None, node: Box::new(node(state, id)?) });
+        let keep = request.collect.then(|| used_images(state)).transpose()?;
+        return Ok(Answer::Ticket { sandbox: None, node: Box::new(node(state, id)?), keep });
     }
     let which = v1::GetSandboxRequest { which: Some(Which::Id(request.sandbox_id.clone())) };
     let (id, record) = find(state, caller, &which)?;
@@ -95,7 +100,34 @@ pub(crate) fn ticket(
         return Err(Refusal::precondition(format!("{id} is being deleted")));
     }
     let node = node(state, node_id(&sandbox.node_id)?)?;
-    Ok(Answer::Ticket { sandbox: Some(Box::new(sandbox)), node: Box::new(node) })
+    Ok(Answer::Ticket { sandbox: Some(Box::new(sandbox)), node: Box::new(node), keep: None })
+}
+
+/// Digests of the images that a name or anybody's sandbox uses.
+fn used_images(state: &State) -> Result<Vec<String>, Refusal> {
+    let named = state.images.iter().map(|image| image.digest.clone());
+    let used = state.sandboxes.after(None).map(|(_, record)| record.image_digest.clone());
+    let keep: BTreeSet<String> = named.chain(used).filter(|digest| !digest.is_empty()).collect();
+    if keep.len() > KEEP_MAX {
+        return Err(Refusal::unavailable(format!(
+            "{} images are in use, more than {KEEP_MAX}: remove names first (`tow image rm`)",
+            keep.len()
+        )));
+    }
+    Ok(keep.into_iter().collect())
+}
+
+/// All images, with how many sandboxes were made from each.
+pub(crate) fn images(state: &State) -> Vec<v1::Image> {
+    let mut used: BTreeMap<&str, u32> = BTreeMap::new();
+    for (_, record) in state.sandboxes.after(None) {
+        *used.entry(record.image_digest.as_str()).or_default() += 1;
+    }
+    let counted = |image: &v1::Image| {
+        let sandboxes = used.get(image.digest.as_str()).copied().unwrap_or(0);
+        v1::Image { sandboxes, ..image.clone() }
+    };
+    state.images.iter().map(counted).collect()
 }
 
 fn node(state: &State, id: NodeId) -> Result<v1::Node, Refusal> {

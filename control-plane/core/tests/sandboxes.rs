@@ -383,3 +383,74 @@ fn timeouts_survive_a_snapshot() {
     assert_eq!(&state, world.core.state());
     assert_eq!(state.sandboxes.next_expiry_ms(), Some(set.expires_ms));
 }
+
+#[test]
+fn a_ticket_to_collect_images_names_all_that_are_used() {
+    let mut world = World::new();
+    let digest = |n: u8| format!("sha256:{}", char::from(n).to_string().repeat(64));
+    for (name, number) in [("named:1", b'a'), ("used:1", b'b')] {
+        let image = v1::Image {
+            name: name.into(),
+            digest: digest(number),
+            sandboxes: 9,
+            ..Default::default()
+        };
+        let put = v1::PutImageRequest { idempotency_key: world.key(), image: Some(image) };
+        world.ask("ada", Request::PutImage(put)).unwrap();
+    }
+    let source = Some(v1::image_ref::Source::Oci("used:1".into()));
+    let spec = v1::SandboxSpec {
+        image: Some(v1::ImageRef { source }),
+        shape: Some(v1::Shape { memory_mib: 256, ..Default::default() }),
+        ..Default::default()
+    };
+    let create = v1::CreateSandboxRequest { idempotency_key: world.key(), spec: Some(spec) };
+    let made = sandbox(world.ask("ada", Request::CreateSandbox(create)).unwrap());
+    let Ok(Answer::Images(images)) = world.ask("eve", Request::ListImages) else { panic!() };
+    let used: Vec<_> = images.iter().map(|image| image.sandboxes).collect();
+    assert_eq!(used, [0, 1], "somebody else's count too");
+    let delete = v1::DeleteImageRequest { idempotency_key: world.key(), name: "used:1".into() };
+    world.ask("ada", Request::DeleteImage(delete)).unwrap();
+
+    let request = |collect| v1::IssueTicketRequest {
+        node_id: made.node_id.clone(),
+        collect,
+        ..Default::default()
+    };
+    let answer = world.ask("ada", Request::IssueTicket(request(true)));
+    let Ok(Answer::Ticket { keep: Some(keep), .. }) = answer else { panic!("{answer:?}") };
+    assert_eq!(keep, [digest(b'a'), digest(b'b')]);
+    let answer = world.ask("ada", Request::IssueTicket(request(false)));
+    assert!(matches!(answer, Ok(Answer::Ticket { keep: None, .. })), "{answer:?}");
+}
+
+#[test]
+fn a_node_is_told_whether_a_sandbox_has_had_a_vm_there() {
+    let mut world = World::new();
+    let made = world.create("a", 1024).unwrap();
+    let told = |world: &World| {
+        let last = world.directives().into_iter().rev().find_map(|directive| match directive {
+            Directive::Desired(desired) => Some(desired.ran),
+            _ => None,
+        });
+        last.unwrap()
+    };
+    assert!(!told(&world));
+    world.sequence += 1;
+    let observed = v1::Observed {
+        sandbox_id: made.id.clone(),
+        epoch: 1,
+        generation: 1,
+        phase: Phase::Running.into(),
+        driver: "qemu".into(),
+        ..Default::default()
+    };
+    let batch = v1::ObservedBatch { sequence: world.sequence, observed: vec![observed] };
+    world.input(Input::Observed(SESSION, batch));
+    let stopped = world.set(&made.id, Desired::Stopped).unwrap();
+    assert!(told(&world));
+    // A restarted node agent names no driver; that it ran is known all the same.
+    world.report(&stopped, Phase::Stopped);
+    world.set(&made.id, Desired::Running).unwrap();
+    assert!(told(&world));
+}

@@ -8,6 +8,7 @@ use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 use towline_control_core::{Answer, Caller, Request as Ask};
 use towline_link::rpc::ControlPlane;
+use towline_link::ticket::keep_digest;
 use towline_proto::ids::TicketId;
 use towline_proto::limits::TICKET_LIFE_MAX;
 use towline_proto::v1;
@@ -124,7 +125,9 @@ impl ControlPlane for Service {
         };
         let ask = Ask::IssueTicket(request.get_ref().clone());
         let answer = self.core.request(caller, ask).await?;
-        let Answer::Ticket { sandbox, node } = answer else { return Err(unexpected(&answer)) };
+        let Answer::Ticket { sandbox, node, keep } = answer else {
+            return Err(unexpected(&answer));
+        };
         let life_end = SystemTime::now() + TICKET_LIFE_MAX;
         // A ticket does not outlive the certificate it is bound to.
         let end = peer.not_after.map_or(life_end, |not_after| not_after.min(life_end));
@@ -139,12 +142,14 @@ impl ControlPlane for Service {
             client_key_sha256: client_key.to_vec(),
             not_after_unix_s,
             identity: identity.to_string(),
+            keep_sha256: keep.as_deref().map(keep_digest).unwrap_or_default(),
         };
         Ok(Response::new(v1::IssueTicketResponse {
             ticket: self.keys.tickets.sign(&ticket),
             link_endpoint: node.link_endpoint,
             node_id: node.id,
             expires_unix_s: not_after_unix_s,
+            keep: keep.unwrap_or_default(),
         }))
     }
 

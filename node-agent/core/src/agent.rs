@@ -294,7 +294,7 @@ fn about(input: &Input) -> Option<(SandboxId, Option<Run>)> {
     match input {
         Input::Persisted { sandbox, .. }
         | Input::PersistFailed { sandbox, .. }
-        | Input::Destroyed { sandbox }
+        | Input::Destroyed { sandbox, .. }
         | Input::DestroyFailed { sandbox, .. } => Some((*sandbox, None)),
         Input::PrepareProgress { sandbox, run, .. }
         | Input::Prepared { sandbox, run, .. }
@@ -336,7 +336,7 @@ fn tell(sandbox: &mut Sandbox, input: Input, cx: &mut Context<'_>) {
         Input::VmExited { reason, .. } => sandbox.ended(reason, cx),
         Input::MainExited { status, .. } => sandbox.main_exited(status, cx),
         Input::GuestNotice { text, .. } => sandbox.noticed(text),
-        Input::Destroyed { .. } => sandbox.destroyed(cx),
+        Input::Destroyed { freed_bytes, .. } => sandbox.destroyed(freed_bytes, cx),
         Input::DestroyFailed { reason, .. } => sandbox.destroy_failed(&reason, cx),
         Input::Recovered(_)
         | Input::Tick

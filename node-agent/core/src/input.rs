@@ -328,6 +328,8 @@ pub enum Input {
     Destroyed {
         /// Whose.
         sandbox: SandboxId,
+        /// What that freed on the disk.
+        freed_bytes: u64,
     },
     /// Something of it is.
     DestroyFailed {

@@ -90,7 +90,7 @@ impl Watcher {
                     seen.live = None;
                 }
             }
-            Input::Destroyed { sandbox } => {
+            Input::Destroyed { sandbox, .. } => {
                 self.seen.remove(sandbox);
             }
             Input::Registered { session, .. } => {

@@ -137,6 +137,7 @@ pub(crate) struct Sandbox {
     driver: String,
     isolation: String,
     start: String,
+    freed_bytes: u64,
 }
 
 impl Sandbox {
@@ -155,6 +156,7 @@ impl Sandbox {
             driver: String::new(),
             isolation: String::new(),
             start: String::new(),
+            freed_bytes: 0,
         }
     }
 
@@ -224,6 +226,7 @@ impl Sandbox {
             start: self.start.clone(),
             image_digest: self.record.image_digest.clone(),
             main_exit: self.record.main_exit.clone(),
+            freed_bytes: self.freed_bytes,
         })
     }
 
@@ -237,7 +240,8 @@ impl Sandbox {
         cx: &mut Context<'_>,
     ) {
         let new_epoch = assignment.epoch > self.record.assignment.epoch;
-        self.record.assignment = assignment;
+        let ran = assignment.ran || self.record.assignment.ran || self.record.came_up;
+        self.record.assignment = Assignment { ran, ..assignment };
         match self.record.assignment.desired {
             Desired::Running => self.want_running(new_epoch, refusal, cx),
             Desired::Stopped => self.want_stopped(cx),
@@ -568,7 +572,9 @@ impl Sandbox {
         self.persist(cx);
     }
 
-    pub(crate) fn destroyed(&mut self, cx: &mut Context<'_>) {
+    pub(crate) fn destroyed(&mut self, freed_bytes: u64, cx: &mut Context<'_>) {
+        // A removal that was cut off and begun again has freed in parts.
+        self.freed_bytes += freed_bytes;
         if !matches!(self.stage, Stage::Destroying { .. }) {
             return;
         }

@@ -115,6 +115,7 @@ where
             | Kind::Fuse(_)
             | Kind::ImageImport(_)
             | Kind::ImagePull(_)
+            | Kind::ImageCollect(_)
             | Kind::Egress(_)
             | Kind::Lookup(_)
             | Kind::Feed(_),

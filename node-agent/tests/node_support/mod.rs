@@ -158,6 +158,7 @@ impl World {
     pub(crate) fn ticket(&self, laptop: &Laptop, n: u8) -> Ticket {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
         Ticket {
+            keep_sha256: Vec::new(),
             cluster_id: CLUSTER.into(),
             ticket_id: vec![1; 16],
             sandbox_id: sandbox(n).to_vec(),

@@ -53,6 +53,7 @@ impl Priority {
                 | Kind::Ping(_)
                 | Kind::ExecList(_)
                 | Kind::Lookup(_)
+                | Kind::ImageCollect(_)
                 | Kind::Feed(_)
                 | Kind::PortList(_)
                 | Kind::Forward(_),

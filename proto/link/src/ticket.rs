@@ -124,6 +124,13 @@ pub struct CheckedTicket {
     pub identity: Identity,
     /// When it ends.
     pub not_after_unix_s: u64,
+    /// For a removal of images: [`keep_digest`] of those that stay; else empty.
+    pub keep_sha256: Vec<u8>,
+}
+
+/// Digest of a list of images as a ticket names it.
+pub fn keep_digest(keep: &[String]) -> Vec<u8> {
+    sha256(keep.join("\n").as_bytes()).to_vec()
 }
 
 /// Who checks a ticket, and on which connection.
@@ -189,6 +196,7 @@ impl TicketVerifier {
             epoch: ticket.epoch,
             identity,
             not_after_unix_s: ticket.not_after_unix_s,
+            keep_sha256: ticket.keep_sha256,
         })
     }
 
@@ -245,6 +253,7 @@ mod tests {
             client_key_sha256: CLIENT.to_vec(),
             not_after_unix_s: NOW + 600,
             identity: "spiffe://cluster_a/user/ada".into(),
+            keep_sha256: Vec::new(),
         }
     }
 

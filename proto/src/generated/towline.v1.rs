@@ -163,6 +163,9 @@ pub struct Observed {
     /// `warm`: from a template; `cold`: booted. Empty when the node does not know.
     #[prost(string, tag = "10")]
     pub start: ::prost::alloc::string::String,
+    /// With `gone`: what the removal freed on the node's disk.
+    #[prost(uint64, tag = "30")]
+    pub freed_bytes: u64,
 }
 /// One sandbox as the control plane knows it.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -548,6 +551,9 @@ pub struct IssueTicketRequest {
     pub sandbox_id: ::prost::alloc::vec::Vec<u8>,
     #[prost(bytes = "vec", tag = "2")]
     pub node_id: ::prost::alloc::vec::Vec<u8>,
+    /// With `node_id`: a ticket to remove from its image store what nobody uses.
+    #[prost(bool, tag = "3")]
+    pub collect: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct IssueTicketResponse {
@@ -560,6 +566,10 @@ pub struct IssueTicketResponse {
     pub node_id: ::prost::alloc::vec::Vec<u8>,
     #[prost(uint64, tag = "4")]
     pub expires_unix_s: u64,
+    /// With `collect`: manifest digests of the images that a name or a sandbox uses. The ticket names
+    /// their digest.
+    #[prost(string, repeated, tag = "5")]
+    pub keep: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Image {
@@ -571,6 +581,9 @@ pub struct Image {
     pub bytes: u64,
     #[prost(uint64, tag = "4")]
     pub created_ms: u64,
+    /// How many sandboxes were made from it; only in answers.
+    #[prost(uint32, tag = "5")]
+    pub sandboxes: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PutImageRequest {
@@ -654,6 +667,10 @@ pub struct Ticket {
     pub not_after_unix_s: u64,
     #[prost(string, tag = "8")]
     pub identity: ::prost::alloc::string::String,
+    /// Present: it is for the removal of all images but those of a list with this digest, and for
+    /// nothing else.
+    #[prost(bytes = "vec", tag = "9")]
+    pub keep_sha256: ::prost::alloc::vec::Vec<u8>,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -694,7 +711,7 @@ pub struct StreamOpen {
     pub ticket: ::prost::alloc::vec::Vec<u8>,
     #[prost(
         oneof = "stream_open::Kind",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 30"
     )]
     pub kind: ::core::option::Option<stream_open::Kind>,
 }
@@ -745,6 +762,9 @@ pub mod stream_open {
         /// Laptop to node: fetch an image from a registry.
         #[prost(message, tag = "16")]
         ImagePull(super::ImagePullOpen),
+        /// Laptop to node: remove images that nobody uses. Answered by IMAGES_COLLECTED.
+        #[prost(message, tag = "30")]
+        ImageCollect(super::ImageCollectOpen),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1305,6 +1325,21 @@ pub struct ImageImportProgress {
     pub total: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImageCollectOpen {
+    /// As the control plane gave them with the ticket.
+    #[prost(string, repeated, tag = "1")]
+    pub keep: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImagesCollected {
+    #[prost(uint64, tag = "1")]
+    pub images: u64,
+    #[prost(uint64, tag = "2")]
+    pub files: u64,
+    #[prost(uint64, tag = "3")]
+    pub bytes: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ImageImported {
     #[prost(string, tag = "1")]
     pub digest: ::prost::alloc::string::String,
@@ -1528,7 +1563,7 @@ pub struct OpenSandboxStream {
     /// Set instead of both for image_import: the node whose image store is meant; empty means any.
     #[prost(bytes = "vec", tag = "3")]
     pub node_id: ::prost::alloc::vec::Vec<u8>,
-    /// Without its ticket.
+    /// Without its ticket, but for one to collect images.
     #[prost(message, optional, tag = "4")]
     pub open: ::core::option::Option<StreamOpen>,
 }

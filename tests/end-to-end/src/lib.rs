@@ -5,6 +5,8 @@
 //! to that cluster's folders. Every wait has a bound and says what it waited for.
 
 pub mod cluster;
+pub mod leftovers;
+pub mod moments;
 pub mod oci;
 pub mod process;
 pub mod registry;

@@ -6,36 +6,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use towline_end_to_end::cluster::{BOOT, SHORT};
+use towline_end_to_end::moments::{Moments, kills};
 use towline_end_to_end::run::wait_for;
 use towline_end_to_end::{Cluster, Running, skipped};
 
 /// What the load was told, by sandbox name: `Some(phase)` when the last answer was a success.
 type Acknowledged = BTreeMap<String, Option<&'static str>>;
-
-fn kills() -> u32 {
-    std::env::var("TOWLINE_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(20)
-}
-
-/// Differs from run to run on purpose; printed, so that a failure tells its moments.
-struct Moments(u64);
-
-impl Moments {
-    fn new() -> Self {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-        Self(u64::from(now.subsec_nanos()) | 1)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % bound
-    }
-}
 
 #[test]
 fn kill_of_the_control_plane_loses_nothing_acknowledged() {
@@ -52,8 +32,8 @@ fn kill_of_the_control_plane_loses_nothing_acknowledged() {
             std::thread::spawn(move || load(&cluster, worker, &over, &acknowledged))
         })
         .collect();
-    let mut moments = Moments::new();
-    for round in 0..kills() {
+    let mut moments = Moments::default();
+    for round in 0..kills(20) {
         std::thread::sleep(Duration::from_millis(200 + moments.below(1800)));
         cluster.process(&["towline-control-plane", "--config"]).kill();
         // It is there again, and nothing that was there is doubled.
@@ -127,8 +107,8 @@ fn kill_of_node_agent_and_daemon_loses_no_byte() {
     let folder = cluster.folder("stream");
     let name =
         cluster.tow_in(&folder, ["run", "-d", "--", "sleep", "10000"]).finish(BOOT).ok().out();
-    let rounds = (kills() / 10).max(2);
-    let mut moments = Moments::new();
+    let rounds = (kills(20) / 10).max(2);
+    let mut moments = Moments::default();
     for round in 0..rounds {
         let victim: &[&str] =
             if round % 2 == 0 { &["towline-node-agent", "--config"] } else { &["tow", "daemon"] };

@@ -124,7 +124,7 @@ impl Node {
                 self.vms.remove(&sandbox);
                 self.records.remove(&sandbox);
                 self.started.remove(&sandbox);
-                Some(Input::Destroyed { sandbox })
+                Some(Input::Destroyed { sandbox, freed_bytes: 1 })
             }
             Effect::Gate { .. } | Effect::Report { .. } => None,
         }

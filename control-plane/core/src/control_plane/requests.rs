@@ -175,6 +175,7 @@ impl ControlPlane {
             ));
         }
         check_name("an image", &image.name)?;
+        let image = v1::Image { sandboxes: 0, ..image };
         self.pend(id, Some(key), What::PutImage(image));
         Ok(())
     }
@@ -228,7 +229,7 @@ impl ControlPlane {
             }
             Request::ListSandboxes(request) => list(&self.state, caller, request),
             Request::IssueTicket(request) => ticket(&self.state, caller, request),
-            Request::ListImages => Ok(Answer::Images(self.state.images.iter().cloned().collect())),
+            Request::ListImages => Ok(Answer::Images(crate::reads::images(&self.state))),
             Request::ListNodes => {
                 let nodes = self.state.nodes.iter().filter_map(|(_, record)| record.node.clone());
                 Ok(Answer::Nodes(nodes.collect()))

@@ -329,6 +329,11 @@ impl State {
             "the node destroyed it without being asked to".clone_into(&mut observed.reason);
         }
         shorten(&mut observed.reason);
+        // A node agent that was restarted does not know what an earlier one started it with.
+        if let Some(before) = sandbox.observed.as_ref().filter(|_| observed.driver.is_empty()) {
+            observed.driver.clone_from(&before.driver);
+            observed.isolation.clone_from(&before.isolation);
+        }
         if sandbox.observed.as_ref() == Some(&observed) {
             return;
         }

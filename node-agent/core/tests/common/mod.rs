@@ -148,7 +148,7 @@ impl World {
                     self.alive.remove(&sandbox);
                     self.disk.remove(&sandbox);
                     self.waiting.retain(|other| !is_about(other, sandbox));
-                    self.input(Input::Destroyed { sandbox });
+                    self.input(Input::Destroyed { sandbox, freed_bytes: 1 });
                 } else {
                     self.input(Input::DestroyFailed { sandbox, reason: "busy".into() });
                 }
