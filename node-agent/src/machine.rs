@@ -236,14 +236,23 @@ impl Machine {
             let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
             self.take_up(attendance, assignment, Some(&image), bound).await
         };
+        let mut not_warm = false;
         if let Some(vm) = self.restore(&spec).await {
             match take_up(vm, WARM_HELLO_MAX).await {
                 Ok(()) => return Ok(StartedBy::Template),
-                Err(Failure { reason, .. }) => self.not_warm(assignment.sandbox, &spec, &reason),
+                Err(Failure { reason, .. }) => {
+                    let sandbox = assignment.sandbox;
+                    tracing::warn!(%sandbox, reason, "restored guest fails, it is booted instead");
+                    not_warm = true;
+                }
             }
         }
         let vm = self.hypervisor.boot(&spec).await.map_err(|error| transient(&error))?;
+        // What fails in both ways is the sandbox's own fault.
         take_up(vm, HELLO_MAX).await?;
+        if not_warm {
+            self.hypervisor.drop_template(spec.shape());
+        }
         self.templates.wish_for(spec.shape());
         Ok(StartedBy::Boot)
     }
@@ -257,12 +266,6 @@ impl Machine {
             tracing::warn!(reason = crate::chain(&error), "template not used");
             None
         })
-    }
-
-    /// Nothing of the restored VM lives. What it failed at may be the template's fault.
-    fn not_warm(&self, sandbox: SandboxId, spec: &VmSpec, reason: &str) {
-        tracing::warn!(%sandbox, reason, "restored guest does not come up, it is booted instead");
-        self.hypervisor.drop_template(spec.shape());
     }
 
     fn started_vm(&self, sandbox: SandboxId, vm: Vm) -> Arc<Vm> {

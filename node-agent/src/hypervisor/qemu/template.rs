@@ -27,6 +27,8 @@ use crate::kernel::digest;
 
 /// Largest file: a guest that has just booted holds about 100 MiB that are not zero.
 pub(super) const SIZE_MAX: u64 = 1 << 30;
+/// Larger guests are booted: what a kernel notes about each page makes their files large too.
+const MEMORY_MAX_MIB: u64 = 16 << 10;
 /// Templates that are kept, of all machines that share the cache: the last used.
 const KEPT_MAX: usize = 4;
 /// How often a shape is tried again after its template did not work.
@@ -100,7 +102,9 @@ impl Templates {
     pub(super) async fn make(&self, qemu: &Qemu, shape: VmShape) -> Result<(), String> {
         let dropped =
             self.drops.lock().unwrap_or_else(PoisonError::into_inner).get(&shape).copied();
-        if self.path(shape).exists() || dropped.is_some_and(|drops| drops >= DROPS_MAX) {
+        let hopeless =
+            shape.memory_mib > MEMORY_MAX_MIB || dropped.is_some_and(|drops| drops >= DROPS_MAX);
+        if hopeless || self.path(shape).exists() {
             return Ok(());
         }
         let Some(_lock) = self.lock().map_err(|error| error.to_string())? else { return Ok(()) };
