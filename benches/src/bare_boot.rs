@@ -39,6 +39,7 @@ async fn boot(
     let spec = VmSpec {
         cpus,
         memory_mib,
+        processes_max: 64,
         layers: Vec::new(),
         upper: None,
         dir: folder.path().to_owned(),

@@ -192,7 +192,6 @@ mod tests {
             &["run", "--reverse", "80", "--", "true"],
             &["run", "--gpus", "1", "--", "true"],
             &["run", "--gpus=1", "--", "true"],
-            &["run", "--isolation", "process", "--", "true"],
             &["save", "a", "b"],
             &["ls", "--watch"],
         ];

@@ -30,6 +30,8 @@ pub const TOWLINE_NO_PROGRESS: &str = "TOWLINE_NO_PROGRESS";
 pub const TOWLINE_ACCEL: &str = "TOWLINE_ACCEL";
 /// `off`: the embedded node boots each sandbox instead of starting from a saved guest.
 pub const TOWLINE_WARM: &str = "TOWLINE_WARM";
+/// `1` allows `--isolation process` on the embedded node, which must then run as root.
+pub const TOWLINE_ISOLATION_PROCESS: &str = "TOWLINE_ISOLATION_PROCESS";
 /// The static guest agent, instead of the file beside `tow`.
 pub const TOWLINE_GUEST_AGENT: &str = "TOWLINE_GUEST_AGENT";
 /// Folder of docker's configuration instead of `~/.docker`, for registry logins.

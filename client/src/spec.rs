@@ -63,9 +63,9 @@ pub struct SpecArgs {
     /// Network policy: `public` (the default: the public internet) or `none`
     #[arg(long, value_name = "NAME", value_parser = policy)]
     pub policy: Option<String>,
-    /// Isolation; only `vm` so far
-    #[arg(long, value_name = "KIND", value_parser = only_vm)]
-    pub isolation: Option<String>,
+    /// Isolation: `vm`, or `process` on nodes that allow it
+    #[arg(long, value_name = "KIND", value_parser = isolation)]
+    pub isolation: Option<v1::Isolation>,
 }
 
 fn policy(text: &str) -> Result<String, String> {
@@ -75,10 +75,11 @@ fn policy(text: &str) -> Result<String, String> {
     }
 }
 
-fn only_vm(text: &str) -> Result<String, String> {
+fn isolation(text: &str) -> Result<v1::Isolation, String> {
     match text {
-        "vm" => Ok(text.to_owned()),
-        _ => Err(format!("isolation `{text}` is not in this version of tow; `vm` is")),
+        "vm" => Ok(v1::Isolation::Vm),
+        "process" => Ok(v1::Isolation::Process),
+        _ => Err(format!("isolation `{text}` is unknown; `vm` and `process` are")),
     }
 }
 
@@ -97,7 +98,7 @@ impl SpecArgs {
             name: self.name.clone().unwrap_or_default(),
             image: Some(image),
             shape: Some(self.shape(config)?),
-            isolation: v1::Isolation::Vm.into(),
+            isolation: self.isolation.unwrap_or(v1::Isolation::Vm).into(),
             policy: self.policy(config)?,
             folder: folder.map(ProjectFolder::to_proto),
             user,
@@ -182,6 +183,13 @@ impl SpecArgs {
             .or_else(|| {
                 let wanted = self.policy.clone();
                 wanted.and_then(|wanted| differs("policy", wanted, spec.policy.clone()))
+            })
+            .or_else(|| {
+                let word = |isolation: v1::Isolation| {
+                    isolation.as_str_name().trim_start_matches("ISOLATION_").to_lowercase()
+                };
+                let wanted = self.isolation?;
+                differs("isolation", word(wanted), word(spec.isolation()))
             })
             .or_else(|| number("cpus", self.cpus.map(u64::from), shape.cpus.into()))
             .or_else(|| number("memory (MiB)", self.memory, shape.memory_mib))
@@ -301,6 +309,9 @@ mod tests {
         assert_eq!(crate::output::json::image(&spec), "debian:12");
         assert_eq!((spec.env.as_slice(), spec.timeout_s), ([b"A=b".to_vec()].as_slice(), 7200));
         assert!(args.contradicts(&spec).is_none());
+        let other = SpecArgs { isolation: Some(v1::Isolation::Process), ..Default::default() };
+        assert_eq!(other.contradicts(&spec).unwrap(), "isolation vm, not process");
+        assert_eq!(other.to_spec(None, &config).unwrap().isolation(), v1::Isolation::Process);
         let other = SpecArgs { memory: Some(1024), ..Default::default() };
         assert_eq!(other.contradicts(&spec).unwrap(), "memory (MiB) 512, not 1024");
         let other = SpecArgs { timeout: Some(0), ..Default::default() };

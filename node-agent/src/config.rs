@@ -35,6 +35,7 @@ const KEYS: &[&str] = &[
     "warm",
     "private_registries",
     "egress",
+    "isolation_process",
 ];
 /// Keys of `[egress]`.
 const EGRESS_KEYS: &[&str] = &["allow"];
@@ -117,6 +118,8 @@ pub struct Config {
     pub private_registries: Vec<String>,
     /// What sandboxes may reach beyond their policy.
     pub egress: OperatorRules,
+    /// Allows `--isolation process` here: sandboxes that share this machine's kernel.
+    pub isolation_process: bool,
 }
 
 #[derive(Default, Deserialize)]
@@ -149,6 +152,8 @@ struct File {
     private_registries: Vec<String>,
     #[serde(default)]
     egress: EgressFile,
+    #[serde(default)]
+    isolation_process: bool,
 }
 
 impl Config {
@@ -203,6 +208,7 @@ impl Config {
             warm: file.warm.unwrap_or(true),
             private_registries: file.private_registries,
             egress: OperatorRules::parse(file.egress.allow).map_err(value)?,
+            isolation_process: file.isolation_process,
         })
     }
 }
@@ -276,6 +282,7 @@ mod tests {
         assert_eq!(config.link_listen.to_string(), "127.0.0.1:0");
         assert_eq!(config.accel, AccelChoice::Auto);
         assert!(!config.embedded);
+        assert!(!config.isolation_process, "never without being asked");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use sha2::{Digest, Sha256};
 use towline_images::ImageConfig;
 use towline_node_core::Assignment;
-use towline_proto::v1::GuestConfigure;
+use towline_proto::v1::{GuestConfigure, Isolation};
 
 use crate::images::Image;
 
@@ -53,8 +53,12 @@ pub fn guest_configure(
         cmd: cmd.clone(),
         image_user: user.clone(),
         processes_max: shape.processes_max,
-        // The guest agent keeps some for itself and gives the rest.
-        memory_max_bytes: 0,
+        memory_max_bytes: match spec.isolation() {
+            // The guest agent keeps some for itself and gives the rest.
+            Isolation::Unspecified | Isolation::Vm => 0,
+            // What the machine has is no measure.
+            Isolation::Process => shape.memory_mib << 20,
+        },
         git: spec.git.clone(),
     })
 }

@@ -1,9 +1,11 @@
-//! What the node agent asks of a virtual machine monitor, and the handle of a running one.
+//! What the node agent asks of a virtual machine monitor, and the handle of a running VM. The
+//! `process` driver does the same without a VM: where code says VM it means the sandbox's machine.
 //!
 //! A VM is one process in a session of its own: it outlives the node agent, and a restarted node
 //! agent adopts it by (boot id, pid, start time, executable) or by the directory that it runs in.
 
 pub mod confine;
+pub mod process;
 mod processes;
 pub mod qemu;
 mod qmp;
@@ -13,10 +15,12 @@ mod vm;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use futures_util::future::BoxFuture;
+use towline_proto::v1::Isolation;
 
-pub(crate) use vm::connect;
+pub(crate) use vm::{VMM, connect};
 pub use vm::{Vm, VmExit, VmIdentity};
 
 /// Most layer disks that one VM can have: the tail of a longer image is squashed into one.
@@ -78,6 +82,41 @@ impl fmt::Display for VmShape {
     }
 }
 
+/// The drivers of this node: at most one for each isolation.
+#[derive(Debug, Clone)]
+pub struct Hypervisors(Vec<Arc<dyn Hypervisor>>);
+
+impl Hypervisors {
+    /// Takes the drivers, the usual one first.
+    pub fn new(drivers: Vec<Arc<dyn Hypervisor>>) -> Self {
+        Self(drivers)
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<dyn Hypervisor>> {
+        self.0.iter()
+    }
+
+    /// The driver for sandboxes that ask for this isolation; never another one.
+    pub fn get(&self, isolation: Isolation) -> Option<&Arc<dyn Hypervisor>> {
+        let wanted = match isolation {
+            Isolation::Unspecified | Isolation::Vm => Isolation::Vm,
+            Isolation::Process => Isolation::Process,
+        };
+        self.iter().find(|driver| driver.capabilities().isolation == wanted)
+    }
+
+    /// The VM that runs in this directory, whichever driver's it is.
+    pub fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
+        for driver in self.iter() {
+            if let Some(vm) = driver.adopt(dir)? {
+                return Ok(Some(vm));
+            }
+        }
+        Ok(None)
+    }
+}
+
 /// What a VM is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmSpec {
@@ -85,6 +124,8 @@ pub struct VmSpec {
     pub cpus: u32,
     /// Memory of the guest.
     pub memory_mib: u64,
+    /// Processes of the workload, for drivers that bound them from outside.
+    pub processes_max: u32,
     /// Read-only images, the lowest first: disks `layer0`, `layer1`…
     pub layers: Vec<PathBuf>,
     /// The writable disk: `upper`.
@@ -103,6 +144,8 @@ pub enum Accel {
     Kvm,
     /// Emulated: works everywhere, is slow, and is not a security boundary.
     Tcg,
+    /// Not at all: the sandbox shares this machine's kernel.
+    None,
 }
 
 impl Accel {
@@ -111,6 +154,7 @@ impl Accel {
         match self {
             Self::Kvm => "kvm",
             Self::Tcg => "tcg",
+            Self::None => "none",
         }
     }
 }
@@ -118,8 +162,10 @@ impl Accel {
 /// What a hypervisor can do on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
-    /// `qemu`.
+    /// `qemu`, `process`.
     pub driver: &'static str,
+    /// What keeps a sandbox from this machine.
+    pub isolation: Isolation,
     /// The program's version.
     pub version: String,
     /// How guests are executed.
@@ -134,6 +180,16 @@ pub struct Capabilities {
     pub gpu: bool,
     /// Whether landlock keeps the process to its own files.
     pub landlock: bool,
+    /// A sandbox has a kernel of its own, and may do to it what it likes.
+    pub own_kernel: bool,
+    /// A sandbox's disk has an end of its own.
+    pub disk_limit: bool,
+    /// A sandbox's memory has an end of its own.
+    pub memory_limit: bool,
+    /// A command that runs out of memory ends as a whole, not only the process that asked last.
+    pub memory_limit_ends_commands: bool,
+    /// A sandbox's processes have a bound of their own.
+    pub process_limit: bool,
     /// Limits that are missing on this machine, for `tow doctor`.
     pub missing: Vec<String>,
 }
@@ -144,6 +200,7 @@ impl Capabilities {
         match self.accel {
             Accel::Kvm => "vm (kvm)",
             Accel::Tcg => "vm (emulated: not a security boundary)",
+            Accel::None => "process",
         }
     }
 }
@@ -159,6 +216,12 @@ pub enum HypervisorError {
         /// What happened.
         problem: String,
     },
+    /// An ordinary user asks for what only root may do.
+    #[error(
+        "the `process` driver needs root: run the node agent as root, or leave \
+         `isolation_process` out of its configuration"
+    )]
+    NoPrivileges,
     /// KVM was asked for by name and does not work.
     #[error(
         "accel = \"kvm\" was asked for, but {0}; use accel = \"auto\" to fall back to emulation"

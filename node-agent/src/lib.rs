@@ -57,8 +57,9 @@ use egress::resolver::{Resolve, SystemResolver};
 use feed::Feeds;
 use gates::Gates;
 use guests::Guests;
-use hypervisor::Hypervisor;
+use hypervisor::process::Process;
 use hypervisor::qemu::{Qemu, QemuConfig};
+use hypervisor::{Hypervisor, Hypervisors};
 use images::Images;
 use machine::Machine;
 use membership::Membership;
@@ -95,18 +96,25 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
     let store = Arc::new(Store::open(&config.data_dir)?);
     let wanted = config.clone();
     let qemu = tokio::task::spawn_blocking(move || prepare(&wanted)).await??;
-    let hypervisor = Qemu::new(qemu).await.context("looking for a hypervisor")?;
-    let capabilities = hypervisor.capabilities();
-    let (accel, reason) = (capabilities.accel.as_str(), &capabilities.accel_reason);
-    tracing::info!(driver = capabilities.driver, accel, reason, "hypervisor ready");
-    for missing in &capabilities.missing {
-        tracing::warn!(missing, "a limit is missing on this machine");
+    let qemu = Qemu::new(qemu).await.context("looking for a hypervisor")?;
+    let mut drivers: Vec<Arc<dyn Hypervisor>> = vec![Arc::new(qemu)];
+    if config.isolation_process {
+        let process = Process::new(&config.guest_agent);
+        drivers.push(Arc::new(process.context("`isolation_process = true` is configured")?));
+    }
+    for driver in &drivers {
+        let capabilities = driver.capabilities();
+        let (accel, reason) = (capabilities.accel.as_str(), &capabilities.accel_reason);
+        tracing::info!(driver = capabilities.driver, accel, reason, "hypervisor ready");
+        for missing in &capabilities.missing {
+            tracing::warn!(driver = capabilities.driver, missing, "a limit is missing here");
+        }
     }
     let outside = Outside {
         own: Own::of_machine(config.control_plane.clone(), config.link_advertise.as_deref()),
         resolver: Arc::new(SystemResolver::default()),
     };
-    run(config, store, Arc::new(hypervisor), outside, Path::new("/"), stop).await
+    run(config, store, Hypervisors::new(drivers), outside, Path::new("/"), stop).await
 }
 
 /// What egress knows of the world outside of the node.
@@ -118,11 +126,11 @@ pub struct Outside {
     pub resolver: Arc<dyn Resolve>,
 }
 
-/// Runs a node agent on the given store and hypervisor; local images are images of `root`.
+/// Runs a node agent on the given store and drivers; local images are images of `root`.
 pub async fn run(
     config: Config,
     store: Arc<Store>,
-    hypervisor: Arc<dyn Hypervisor>,
+    hypervisors: Hypervisors,
     outside: Outside,
     root: &Path,
     stop: impl Future<Output = ()>,
@@ -148,7 +156,7 @@ pub async fn run(
     let machine = Arc::new(Machine {
         store: Arc::clone(&store),
         images,
-        hypervisor: Arc::clone(&hypervisor),
+        hypervisors: hypervisors.clone(),
         guests,
         egress,
         feeds,
@@ -173,7 +181,9 @@ pub async fn run(
     });
 
     let (data, cache) = (config.data_dir.clone(), config.cache_dir.clone());
-    cleaning::end_strays(hypervisor.as_ref(), &data.join("sandboxes")).await;
+    for driver in hypervisors.iter() {
+        cleaning::end_strays(driver.as_ref(), &data.join("sandboxes")).await;
+    }
     tokio::task::spawn_blocking(move || cleaning::remove_temporary(&data, &cache)).await?;
 
     // What runs is taken up at once; the control plane and laptops follow when they can.
@@ -187,7 +197,7 @@ pub async fn run(
             boot_id: capacity::boot_id(),
             capacity: Some(capacity),
             link_endpoint: endpoint,
-            drivers: vec![driver_info(hypervisor.as_ref())],
+            drivers: hypervisors.iter().map(|driver| driver_info(driver.as_ref())).collect(),
             embedded: config.embedded,
             version: env!("CARGO_PKG_VERSION").into(),
             machine_cpus: capacity::machine_cpus()?,
@@ -208,8 +218,10 @@ pub async fn run(
         anyhow::Ok(())
     };
     let templates = async {
-        if config.warm {
-            templates::make_forever(hypervisor.as_ref(), wanted).await;
+        if config.warm
+            && let Some(vms) = hypervisors.get(Isolation::Vm)
+        {
+            templates::make_forever(vms.as_ref(), wanted).await;
         }
         std::future::pending::<Infallible>().await
     };
@@ -255,7 +267,7 @@ fn driver_info(hypervisor: &dyn Hypervisor) -> DriverInfo {
     let capabilities = hypervisor.capabilities();
     DriverInfo {
         name: capabilities.driver.into(),
-        isolation: Isolation::Vm.into(),
+        isolation: capabilities.isolation.into(),
         snapshot: capabilities.snapshot,
         hotplug: capabilities.hotplug,
         gpu: capabilities.gpu,

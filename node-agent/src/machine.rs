@@ -30,7 +30,7 @@ use crate::gates::Gates;
 use crate::guest_configure::{guest_configure, random};
 use crate::guest_link::GuestLink;
 use crate::guests::{Attendance, Guests, Served, attend, exit_reason};
-use crate::hypervisor::{Hypervisor, Vm, VmSpec};
+use crate::hypervisor::{Hypervisor, Hypervisors, VMM, Vm, VmSpec};
 use crate::images::{Image, Images, lasting};
 use crate::store::{State, Store};
 use crate::streams;
@@ -61,7 +61,7 @@ pub struct Machine {
     /// Images.
     pub images: Arc<Images>,
     /// VMs.
-    pub hypervisor: Arc<dyn Hypervisor>,
+    pub hypervisors: Hypervisors,
     /// Running guests.
     pub guests: Arc<Guests>,
     /// Their way out.
@@ -109,7 +109,7 @@ impl Machine {
     /// What an earlier node agent left of a sandbox's VM.
     pub fn found_vm(&self, record: &Record) -> FoundVm {
         let dir = self.store.sandbox(record.assignment.sandbox);
-        match self.hypervisor.adopt(&dir.vm()) {
+        match self.hypervisors.adopt(&dir.vm()) {
             Ok(Some(_)) => return FoundVm::Alive,
             Ok(None) => {}
             Err(error) => {
@@ -128,9 +128,13 @@ impl Machine {
             Some(state) if state.boot_id != boot_id() => {
                 FoundVm::Ended { reason: "host restarted".into() }
             }
-            Some(_) => FoundVm::Ended {
-                reason: "the VM's process (QEMU) ended while the node agent was away".into(),
-            },
+            Some(_) => {
+                let what = match assignment.spec.isolation() {
+                    Isolation::Unspecified | Isolation::Vm => VMM,
+                    Isolation::Process => "its first process",
+                };
+                FoundVm::Ended { reason: format!("{what} ended while the node agent was away") }
+            }
         }
     }
 
@@ -144,9 +148,9 @@ impl Machine {
     /// `Effect::Prepare`.
     pub async fn prepare(self: Arc<Self>, run: Run, assignment: Assignment) {
         let sandbox = assignment.sandbox;
-        let result = match Self::refusal(&assignment) {
-            Some(reason) => Err(lasting(reason)),
-            None => self.prepare_blocking(run, assignment).await,
+        let result = match self.driver(&assignment) {
+            Err(refusal) => Err(refusal),
+            Ok(_) => self.prepare_blocking(run, assignment).await,
         };
         let input = match result {
             Ok(image_digest) => Input::Prepared { sandbox, run, image_digest },
@@ -158,9 +162,16 @@ impl Machine {
         self.tell(input).await;
     }
 
-    fn refusal(assignment: &Assignment) -> Option<String> {
-        let process = assignment.spec.isolation() == Isolation::Process;
-        process.then(|| "this node has no `process` driver; leave --isolation away".into())
+    /// The driver that the sandbox asks for, or why there is none: never another one instead.
+    fn driver(&self, assignment: &Assignment) -> Result<&Arc<dyn Hypervisor>, Failure> {
+        self.hypervisors.get(assignment.spec.isolation()).ok_or_else(|| {
+            lasting(match assignment.spec.isolation() {
+                Isolation::Unspecified | Isolation::Vm => "this node runs no VMs".into(),
+                Isolation::Process => "this node does not allow `--isolation process`: leave it \
+                     away, or set `isolation_process = true` in the node agent's configuration"
+                    .into(),
+            })
+        })
     }
 
     async fn prepare_blocking(
@@ -195,23 +206,28 @@ impl Machine {
 
     /// `Effect::StartVm`.
     pub async fn start(self: Arc<Self>, run: Run, assignment: Assignment) {
-        let sandbox = assignment.sandbox;
         let result = self.start_vm(run, &assignment).await;
-        self.started(sandbox, run, result).await;
+        self.started(run, &assignment, result).await;
     }
 
     /// `Effect::AdoptVm`.
     pub async fn adopt(self: Arc<Self>, run: Run, assignment: Assignment) {
-        let sandbox = assignment.sandbox;
         let result = self.adopt_vm(run, &assignment).await;
-        self.started(sandbox, run, result).await;
+        self.started(run, &assignment, result).await;
     }
 
-    async fn started(&self, sandbox: SandboxId, run: Run, result: Result<StartedBy, Failure>) {
-        let capabilities = self.hypervisor.capabilities();
+    async fn started(
+        &self,
+        run: Run,
+        assignment: &Assignment,
+        result: Result<StartedBy, Failure>,
+    ) {
+        let sandbox = assignment.sandbox;
+        let result = result.and_then(|by| Ok((by, self.driver(assignment)?)));
         let input = match result {
-            Ok(by) => {
+            Ok((by, driver)) => {
                 tracing::info!(%sandbox, run, by = by.as_str(), "vm started");
+                let capabilities = driver.capabilities();
                 let driver = capabilities.driver.to_owned();
                 let isolation = capabilities.isolation().to_owned();
                 Input::VmStarted { sandbox, run, driver, isolation, start: by.as_str().into() }
@@ -231,13 +247,14 @@ impl Machine {
     ) -> Result<StartedBy, Failure> {
         let secret = random::<32>().map_err(|error| transient(&error))?;
         let (image, spec) = self.spec(assignment, Some(secret)).await?;
+        let driver = self.driver(assignment)?;
         let take_up = async |vm, bound| {
             let vm = self.started_vm(assignment.sandbox, vm);
             let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
             self.take_up(attendance, assignment, Some(&image), bound).await
         };
         let mut not_warm = false;
-        if let Some(vm) = self.restore(&spec).await {
+        if let Some(vm) = self.restore(driver.as_ref(), &spec).await {
             match take_up(vm, WARM_HELLO_MAX).await {
                 Ok(()) => return Ok(StartedBy::Template),
                 Err(Failure { reason, .. }) => {
@@ -247,22 +264,24 @@ impl Machine {
                 }
             }
         }
-        let vm = self.hypervisor.boot(&spec).await.map_err(|error| transient(&error))?;
+        let vm = driver.boot(&spec).await.map_err(|error| transient(&error))?;
         // What fails in both ways is the sandbox's own fault.
         take_up(vm, HELLO_MAX).await?;
         if not_warm {
-            self.hypervisor.drop_template(spec.shape());
+            driver.drop_template(spec.shape());
         }
-        self.templates.wish_for(spec.shape());
+        if driver.capabilities().snapshot {
+            self.templates.wish_for(spec.shape());
+        }
         Ok(StartedBy::Boot)
     }
 
     /// A VM from the template of its shape, if there is one that can be used.
-    async fn restore(&self, spec: &VmSpec) -> Option<Vm> {
+    async fn restore(&self, driver: &dyn Hypervisor, spec: &VmSpec) -> Option<Vm> {
         if !self.warm {
             return None;
         }
-        self.hypervisor.restore(spec).await.unwrap_or_else(|error| {
+        driver.restore(spec).await.unwrap_or_else(|error| {
             tracing::warn!(reason = crate::chain(&error), "template not used");
             None
         })
@@ -280,7 +299,7 @@ impl Machine {
         assignment: &Assignment,
     ) -> Result<StartedBy, Failure> {
         let dir = self.store.sandbox(assignment.sandbox);
-        let found = self.hypervisor.adopt(&dir.vm()).map_err(|error| transient(&error))?;
+        let found = self.hypervisors.adopt(&dir.vm()).map_err(|error| transient(&error))?;
         let Some(vm) = found.map(Arc::new) else {
             return Err(lasting("the VM ended before it could be taken up again".into()));
         };
@@ -354,6 +373,7 @@ impl Machine {
             let spec = VmSpec {
                 cpus: shape.cpus,
                 memory_mib: shape.memory_mib,
+                processes_max: shape.processes_max,
                 layers: image.layers.clone(),
                 upper: Some(dir.upper()),
                 dir: dir.vm(),
@@ -495,7 +515,7 @@ impl Machine {
             (None, Some(vm)) => Some(vm),
             (None, None) => {
                 let dir = self.store.sandbox(sandbox).vm();
-                self.hypervisor.adopt(&dir).map_err(|error| crate::chain(&error))?.map(Arc::new)
+                self.hypervisors.adopt(&dir).map_err(|error| crate::chain(&error))?.map(Arc::new)
             }
         };
         let Some(vm) = vm else { return Ok("it had no VM".into()) };

@@ -29,6 +29,7 @@ fn spec(dir: &Path) -> VmSpec {
     VmSpec {
         cpus: 1,
         memory_mib: 256,
+        processes_max: 64,
         layers: Vec::new(),
         upper: None,
         dir: dir.to_owned(),

@@ -9,6 +9,7 @@ pub mod frame;
 pub mod ids;
 pub mod limits;
 pub mod mux;
+pub mod process;
 mod secret;
 
 /// Messages generated from `schema/towline/v1`; `tests/tidy` checks that they are current.

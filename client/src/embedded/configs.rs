@@ -37,6 +37,7 @@ struct NodeConfig {
     embedded: bool,
     accel: String,
     warm: bool,
+    isolation_process: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     guest_agent: Option<PathBuf>,
     // A table: after all else.
@@ -59,6 +60,15 @@ pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
         kept_port(layout).filter(|address| is_free(*address)).map_or_else(free_port, Ok)?;
     let member = MemberConfig { data_dir: layout.member(), listen, member_name: MEMBER.to_owned() };
     let accel = env_vars::get(env_vars::TOWLINE_ACCEL);
+    let isolation_process = match env_vars::get(env_vars::TOWLINE_ISOLATION_PROCESS) {
+        Some(value) if value == "1" => true,
+        None => false,
+        Some(value) => anyhow::bail!(
+            "TOWLINE_ISOLATION_PROCESS is `{}`: set it to 1 to allow `--isolation process` on this \
+             machine, or unset it",
+            value.to_string_lossy()
+        ),
+    };
     let node = NodeConfig {
         name: NODE.to_owned(),
         data_dir: layout.node(),
@@ -69,6 +79,7 @@ pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
         embedded: true,
         accel: accel.map_or_else(|| "auto".into(), |accel| accel.to_string_lossy().into_owned()),
         warm: env_vars::get(env_vars::TOWLINE_WARM).is_none_or(|value| value != "off"),
+        isolation_process,
         guest_agent: env_vars::get(env_vars::TOWLINE_GUEST_AGENT).map(PathBuf::from),
         egress: user_node_config(layout)?.egress,
     };

@@ -86,10 +86,8 @@ fn check_isolation(spec: &mut SandboxSpec) -> Result<Isolation, Refusal> {
             spec.set_isolation(Isolation::Vm);
             Ok(Isolation::Vm)
         }
-        Ok(Isolation::Process) => Err(Refusal::precondition(
-            "isolation `process` shares the node's kernel, and no pool of this cluster allows it: \
-             leave --isolation out to get a VM",
-        )),
+        // Which nodes allow it, placement sees by their drivers.
+        Ok(Isolation::Process) => Ok(Isolation::Process),
         Err(_) => Err(Refusal::invalid("this isolation is unknown to this version: upgrade it")),
     }
 }
@@ -214,7 +212,9 @@ mod tests {
     fn refusals_say_what_to_change() {
         let policy = refused(|s| s.policy = "web".into());
         assert!(policy.contains("`public`") && policy.contains("`none`"), "{policy}");
-        assert!(refused(|s| s.set_isolation(Isolation::Process)).contains("shares the node's"));
+        let mut spec = spec();
+        spec.set_isolation(Isolation::Process);
+        assert_eq!(check_spec(&mut spec).unwrap().isolation, Isolation::Process);
         assert!(refused(|s| s.image = None).contains("--image local"));
         assert!(refused(|s| s.name = "a/b".into()).contains("not a name"));
         assert!(refused(|s| s.env = vec![b"=x".to_vec()]).contains("NAME=value"));

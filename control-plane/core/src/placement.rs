@@ -21,6 +21,9 @@ pub const DEFAULT_DISK_MIB: u64 = 20 * 1024;
 /// Processes of a sandbox that asked for none.
 pub const DEFAULT_PROCESSES: u32 = 4096;
 
+/// Nodes that a refusal names: more would not be read.
+const NODES_NAMED: usize = 5;
+
 /// What is asked for.
 #[derive(Debug, Clone, Copy)]
 pub struct Want {
@@ -195,10 +198,26 @@ fn other(want: &Want, passed: &[(NodeId, &v1::Node, Resources, Passed)]) -> Stri
         return "`--image local` needs a node on this machine: start one with `tow up`".to_owned();
     }
     if any(Passed::NoDriver).is_some() {
-        let isolation = want.isolation.as_str_name().trim_start_matches("ISOLATION_");
-        return format!("no node has a driver for isolation `{}`", isolation.to_lowercase());
+        return no_driver(want, passed);
     }
     "every node is cordoned: uncordon one with `tow node uncordon`".to_owned()
+}
+
+fn no_driver(want: &Want, passed: &[(NodeId, &v1::Node, Resources, Passed)]) -> String {
+    match want.isolation {
+        Isolation::Process => {
+            let others = passed.iter().filter(|(.., why)| *why == Passed::NoDriver);
+            let names = others.map(|(_, node, ..)| format!("`{}`", node.name)).take(NODES_NAMED);
+            let names: Vec<String> = names.collect();
+            format!(
+                "isolation `process` shares the node's kernel, and no node allows it: leave \
+                 --isolation out to get a VM, or have it allowed in the node agent's configuration \
+                 (`isolation_process = true`) of {}",
+                names.join(", ")
+            )
+        }
+        Isolation::Unspecified | Isolation::Vm => "no node has a driver for VMs".to_owned(),
+    }
 }
 
 #[cfg(test)]

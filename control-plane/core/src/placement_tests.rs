@@ -85,3 +85,24 @@ fn other_refusals_have_their_reasons() {
     one.node.as_mut().unwrap().drivers.clear();
     assert!(why(&nodes(vec![one]), &want(1)).contains("no node has a driver"));
 }
+
+#[test]
+fn process_sandboxes_go_only_where_they_are_allowed() {
+    let process = Want { isolation: Isolation::Process, ..want(1) };
+    let mut allows = node(2, 2, 64, false);
+    let driver = Driver {
+        name: "process".into(),
+        isolation: Isolation::Process.into(),
+        ..Default::default()
+    };
+    let none = nodes(vec![node(1, 8, 8, false), allows.clone()]);
+    let why = why(&none, &process);
+    assert!(why.contains("no node allows it") && why.contains("of `n1`, `n2`"), "{why}");
+    assert!(why.contains("isolation_process = true"), "{why}");
+
+    allows.node.as_mut().unwrap().drivers.push(driver);
+    let some = nodes(vec![node(1, 8, 8, false), allows]);
+    let placed = place(&some, &BTreeMap::new(), &process).unwrap();
+    assert_eq!(placed.node, NodeId::from_bytes([2; 16]), "the fuller node does not allow it");
+    assert_eq!(place(&some, &BTreeMap::new(), &want(1)).unwrap().node, NodeId::from_bytes([1; 16]));
+}

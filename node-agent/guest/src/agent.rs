@@ -22,6 +22,7 @@ use towline_streams::{
     Priority,
 };
 
+use crate::boot::Kernel;
 use crate::configure::{configure, set_clock};
 use crate::fuse;
 use crate::net::Network;
@@ -39,14 +40,16 @@ enum Stage {
 }
 
 struct Agent {
+    kernel: Kernel,
     stage: watch::Sender<Stage>,
     local_image: watch::Sender<Option<Arc<fuse::Requests>>>,
     set_marker: Box<dyn Fn(Marker) + Send + Sync>,
 }
 
 /// Serves sessions until the link itself breaks.
-pub async fn run(mut sessions: GuestSessions, network: Network) {
+pub async fn run(mut sessions: GuestSessions, kernel: Kernel, network: Network) {
     let agent = Arc::new(Agent {
+        kernel,
         stage: watch::Sender::new(Stage::Unconfigured),
         local_image: watch::Sender::new(None),
         set_marker: Box::new(sessions.marker_setter()),
@@ -139,7 +142,7 @@ async fn serve_control(agent: &Arc<Agent>, handle: &MuxHandle) -> io::Result<()>
                     asked = true;
                     stage.mark_changed();
                 } else if frame.is(FrameKind::Command) {
-                    take_command(decode(&frame)?, services.as_ref());
+                    take_command(decode(&frame)?, services.as_ref(), agent.kernel);
                 } else {
                     let kind = frame.kind;
                     return Err(invalid(format!("a frame of kind {kind} came on the control stream")));
@@ -203,7 +206,7 @@ fn begin_configure(agent: &Arc<Agent>, message: GuestConfigure) {
     // Of its own: it goes on when the session is cut.
     tokio::spawn(async move {
         let outcome = match open_local_image(&agent, &message) {
-            Ok(device) => Box::pin(configure(&message, device)).await,
+            Ok(device) => Box::pin(configure(&message, device, agent.kernel)).await,
             Err(error) => Err(Refusal::io("cannot open /dev/fuse", &error)),
         };
         agent.stage.send_replace(match outcome {
@@ -225,17 +228,19 @@ fn open_local_image(agent: &Agent, message: &GuestConfigure) -> io::Result<Optio
     Ok(Some(device))
 }
 
-fn take_command(message: GuestCommand, services: Option<&Arc<Services>>) {
+fn take_command(message: GuestCommand, services: Option<&Arc<Services>>, kernel: Kernel) {
     match message.command {
         Some(Command::Shutdown(Shutdown { grace_ms })) => {
             let services = services.cloned();
             tokio::spawn(async move {
                 let workload = services.as_ref().map(|services| services.execs.workload());
-                shut_down(workload, Duration::from_millis(grace_ms.into())).await;
+                shut_down(workload, Duration::from_millis(grace_ms.into()), kernel).await;
             });
         }
         Some(Command::SetClock(clock)) => {
-            if let Err(refusal) = set_clock(clock.unix_ns) {
+            if kernel == Kernel::Own
+                && let Err(refusal) = set_clock(clock.unix_ns)
+            {
                 log(&refusal.message);
             }
         }
@@ -264,7 +269,13 @@ fn invalid(message: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, message)
 }
 
-/// Says something on the machine's console, where the node keeps a guest's last words.
+/// Says something on the machine's console, or in its log where the kernel is the node's: there the
+/// node finds a guest's last words.
 pub fn log(message: &str) {
-    let _ = fs::write("/dev/kmsg", format!("<3>towline: {message}\n"));
+    use std::io::Write;
+    let line = format!("<3>towline: {message}\n");
+    match fs::OpenOptions::new().write(true).open("/dev/kmsg") {
+        Ok(mut console) => drop(console.write_all(line.as_bytes())),
+        Err(_) => drop(writeln!(io::stderr(), "{message}")),
+    }
 }

@@ -27,6 +27,27 @@ const AUTOPROBE: &str = "/sys/bus/virtio/drivers_autoprobe";
 /// Descriptors that the agent may have open: a stream of each client and an exec's pipes.
 const FILES_MAX: u64 = 65_536;
 
+/// Whose kernel the guest runs on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// Its own, in a VM.
+    Own,
+    /// The node's (`--isolation process`): clock, random numbers and power are the node's affair,
+    /// disks are mounted already, devices cannot be made.
+    Shared,
+}
+
+/// Does what is left to do where another has made the machine.
+pub fn prepare_own_part() -> io::Result<()> {
+    // More than the node agent was given is the node's to refuse.
+    if let Err(error) = raise_files_limit()
+        && error.kind() != io::ErrorKind::PermissionDenied
+    {
+        return Err(error);
+    }
+    bring_loopback_up()
+}
+
 /// Does what comes before the hello.
 pub fn prepare() -> io::Result<()> {
     for (what, target, kind, flags) in [

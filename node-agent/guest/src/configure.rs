@@ -9,7 +9,7 @@ use std::path::Path;
 use rustix::time::{ClockId, Timespec};
 use towline_proto::v1::{GuestConfigure, User};
 
-use crate::boot;
+use crate::boot::{self, Kernel};
 use crate::credentials::{self, RootFiles};
 use crate::exec::ExecTable;
 use crate::refusal::Refusal;
@@ -29,19 +29,23 @@ const PROCESSES_DEFAULT: u32 = 4096;
 pub async fn configure(
     configure: &GuestConfigure,
     fuse: Option<crate::fuse::Device>,
+    kernel: Kernel,
 ) -> Result<Services, Refusal> {
-    // First of all: a guest that was restored would share its random numbers with others.
-    if configure.entropy.len() < ENTROPY_MIN {
-        return Err(Refusal::invalid("the node gave too little entropy"));
+    if kernel == Kernel::Own {
+        // First of all: a guest that was restored would share its random numbers with others.
+        if configure.entropy.len() < ENTROPY_MIN {
+            return Err(Refusal::invalid("the node gave too little entropy"));
+        }
+        boot::add_entropy(&configure.entropy)
+            .map_err(|error| Refusal::io("cannot take the node's entropy", &error))?;
+        set_clock(configure.unix_ns)?;
+        boot::finish().map_err(|error| Refusal::io("cannot set the machine up", &error))?;
     }
-    boot::add_entropy(&configure.entropy)
-        .map_err(|error| Refusal::io("cannot take the node's entropy", &error))?;
-    set_clock(configure.unix_ns)?;
-    boot::finish().map_err(|error| Refusal::io("cannot set the machine up", &error))?;
     let hostname = checked_hostname(&configure.hostname)?;
     rustix::system::sethostname(hostname.as_bytes())
         .map_err(|error| Refusal::io("cannot set the hostname", &error.into()))?;
     let spec = RootSpec {
+        kernel,
         layers: configure.layers,
         fuse,
         hostname,
@@ -70,7 +74,7 @@ pub async fn configure(
             .map_err(|error| Refusal::io("cannot make the project folder", &error))?;
         Some((agents, user.clone()))
     };
-    let cgroups = Cgroups::make_tree(Path::new("/sys/fs/cgroup"), limits(configure)?)
+    let cgroups = Cgroups::make_tree(Path::new("/sys/fs/cgroup"), limits(configure)?, kernel)
         .map_err(|error| Refusal::io("cannot set the workload's limits", &error))?;
     let workload =
         Workload::sandbox(Path::new(root::ROOT), Path::new(root::SPOOL), cgroups).await?;

@@ -9,6 +9,11 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::mount::MountFlags;
+
+use crate::boot::mount;
+use crate::process;
+
 const DEVICES: &str = "/sys/bus/virtio/devices";
 const BIND: &str = "/sys/bus/virtio/drivers/virtio_blk/bind";
 /// What a virtio device of this kind says in `device`.
@@ -19,6 +24,9 @@ const LAYERS_MAX: u32 = 16;
 /// The disks that were found, by serial.
 #[derive(Debug, Default)]
 pub(crate) struct Disks(BTreeMap<String, PathBuf>);
+
+/// A file system, how to mount it, and its options.
+pub(crate) type Kind<'a> = (&'a str, MountFlags, &'a str);
 
 impl Disks {
     /// Takes the sandbox's own disk, the kernel's modules, and the layers.
@@ -34,8 +42,39 @@ impl Disks {
         Self::attach_from(Path::new(DEVICES), wanted.collect(), |device| fs::write(BIND, device))
     }
 
+    /// Those that are mounted already, where the kernel is the node's: folders instead of devices.
+    pub(crate) fn prepared(layers: u32) -> io::Result<Self> {
+        if layers > LAYERS_MAX {
+            return Err(io::Error::other(format!(
+                "{layers} layers; at most {LAYERS_MAX} are possible"
+            )));
+        }
+        let folder = |name: &str| Path::new(process::PREPARED).join(name);
+        let layers = (0..layers).map(|index| (format!("layer{index}"), folder(&index.to_string())));
+        let upper = ("upper".to_owned(), folder("upper"));
+        Ok(Self(layers.chain([upper]).collect()))
+    }
+
+    /// Whether there is a disk with this serial.
+    pub(crate) fn has(&self, serial: &str) -> bool {
+        self.0.contains_key(serial)
+    }
+
+    /// Mounts the disk with this serial; one that is mounted already is shown at the target.
+    pub(crate) fn mount(&self, serial: &str, target: &Path, kind: Kind<'_>) -> io::Result<()> {
+        let disk = self.get(serial)?;
+        let (kind, flags, options) = kind;
+        if !disk.is_dir() {
+            return mount(&disk.to_string_lossy(), target, kind, flags, options);
+        }
+        fs::create_dir_all(target)?;
+        rustix::mount::mount_bind(disk, target).map_err(|error| {
+            io::Error::other(format!("cannot mount the disk `{serial}`: {error}"))
+        })
+    }
+
     /// The disk with this serial.
-    pub(crate) fn get(&self, serial: &str) -> io::Result<&Path> {
+    fn get(&self, serial: &str) -> io::Result<&Path> {
         self.0.get(serial).map(PathBuf::as_path).ok_or_else(|| {
             io::Error::new(io::ErrorKind::NotFound, format!("the machine has no disk `{serial}`"))
         })

@@ -1,6 +1,6 @@
-//! PID 1 in the microVM: exec, files, image mounts; small and static.
+//! PID 1 in the sandbox: exec, files, image mounts; small and static.
 //!
-//! Reading order: `boot` makes the kernel usable, `agent` owns the guest link's sessions, `configure`
+//! Reading order: `boot` makes the kernel usable (`process`: a part of the node's, without a VM), `agent` owns the guest link's sessions, `configure`
 //! and `root` build what the workload sees, `workload` holds its processes, `exec` runs commands,
 //! `serve` tells streams apart. Nothing here trusts the workload, and nothing outside trusts this.
 
@@ -18,6 +18,7 @@ pub mod gitconfig;
 pub mod listening;
 pub mod net;
 pub mod nonblocking;
+pub mod process;
 pub mod refusal;
 pub mod root;
 pub mod serve;

@@ -15,7 +15,7 @@ use rustix::mount::MountFlags;
 use towline_proto::limits::PATH_DEPTH_MAX;
 use towline_proto::v1::{GitIdentity, User};
 
-use crate::boot::mount;
+use crate::boot::{Kernel, mount};
 use crate::credentials::RootFiles;
 use crate::disks::Disks;
 use crate::{fuse, gitconfig};
@@ -38,6 +38,8 @@ const TTY_GROUP: u32 = 5;
 /// What to build.
 #[derive(Debug)]
 pub struct RootSpec {
+    /// Decides whether disks and devices are made here.
+    pub kernel: Kernel,
     /// Layer disks, the lowest first.
     pub layers: u32,
     /// The local image's file system instead of layers.
@@ -63,15 +65,18 @@ pub struct Mounted {
 
 /// Builds and mounts everything but the project folder.
 pub fn mount_root(spec: &RootSpec) -> io::Result<Mounted> {
-    let disks = Disks::attach(spec.layers)?;
+    let disks = match spec.kernel {
+        Kernel::Own => Disks::attach(spec.layers)?,
+        Kernel::Shared => Disks::prepared(spec.layers)?,
+    };
     mount_upper(&disks)?;
     let lower = match &spec.fuse {
-        Some(device) => mount_local(device)?,
+        Some(device) => mount_local(device, spec.kernel)?,
         None => mount_layers(&disks, spec.layers)?,
     };
-    mount_overlay(&lower)?;
+    mount_overlay(&lower, spec.kernel)?;
     let root = open_root()?;
-    mount_system(&root)?;
+    mount_system(&root, spec.kernel)?;
     mount_modules(&root, &disks)?;
     write_names(&root, spec)?;
     if !spec.cwd.is_empty() {
@@ -81,11 +86,10 @@ pub fn mount_root(spec: &RootSpec) -> io::Result<Mounted> {
 }
 
 fn mount_upper(disks: &Disks) -> io::Result<()> {
-    let device = disks.get("upper")?;
-    let flags = MountFlags::NOATIME;
     // Inode tables that the template left unwritten are written when they are needed, not in the
     // background of the first command.
-    mount(&device.to_string_lossy(), Path::new(UPPER), "ext4", flags, "noinit_itable")?;
+    let kind = ("ext4", MountFlags::NOATIME, "noinit_itable");
+    disks.mount("upper", Path::new(UPPER), kind)?;
     let upper = Path::new(UPPER);
     for folder in ["overlay/upper", "overlay/work", "folder", "spool", "names", "empty"] {
         fs::create_dir_all(upper.join(folder))?;
@@ -105,16 +109,15 @@ fn mount_layers(disks: &Disks, layers: u32) -> io::Result<String> {
     }
     let mut lower = Vec::new();
     for index in (0..layers).rev() {
-        let device = disks.get(&format!("layer{index}"))?;
         let target = format!("{LAYERS}/{index}");
-        let flags = MountFlags::RDONLY | MountFlags::NODEV;
-        mount(&device.to_string_lossy(), Path::new(&target), "squashfs", flags, "")?;
+        let kind = ("squashfs", MountFlags::RDONLY | MountFlags::NODEV, "");
+        disks.mount(&format!("layer{index}"), Path::new(&target), kind)?;
         lower.push(target);
     }
     Ok(lower.join(":"))
 }
 
-fn mount_local(device: &fuse::Device) -> io::Result<String> {
+fn mount_local(device: &fuse::Device, kernel: Kernel) -> io::Result<String> {
     let options = format!(
         "fd={},rootmode=40755,user_id=0,group_id=0,allow_other,default_permissions",
         device.as_fd().as_raw_fd()
@@ -127,16 +130,25 @@ fn mount_local(device: &fuse::Device) -> io::Result<String> {
         if fields.get(4) == Some(&LOCAL)
             && let Some(number) = fields.get(2)
         {
-            fs::write(format!("/sys/class/bdi/{number}/read_ahead_kb"), "1024")?;
+            let set = fs::write(format!("/sys/class/bdi/{number}/read_ahead_kb"), "1024");
+            // The node's kernel lets no sandbox say how far to read ahead: it reads more often.
+            if kernel == Kernel::Own {
+                set?;
+            }
         }
     }
     Ok(LOCAL.into())
 }
 
-fn mount_overlay(lower: &str) -> io::Result<()> {
+fn mount_overlay(lower: &str, kernel: Kernel) -> io::Result<()> {
+    let features = match kernel {
+        Kernel::Own => "redirect_dir=off,metacopy=off",
+        // In a user namespace `trusted.` attributes cannot be written; this leaves both off too.
+        Kernel::Shared => "userxattr",
+    };
     let options = format!(
         "lowerdir={lower},upperdir={UPPER}/overlay/upper,workdir={UPPER}/overlay/work,\
-         redirect_dir=off,metacopy=off,index=off,xino=off"
+         index=off,xino=off,{features}"
     );
     mount("overlay", Path::new(ROOT), "overlay", MountFlags::NOATIME, &options)
 }
@@ -147,7 +159,7 @@ fn open_root() -> io::Result<OwnedFd> {
 }
 
 /// /sys, /dev, /run; /proc is the workload's init's to mount. /tmp is the overlay's.
-fn mount_system(root: &OwnedFd) -> io::Result<()> {
+fn mount_system(root: &OwnedFd, kernel: Kernel) -> io::Result<()> {
     for (path, mode) in [("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("run", 0o755)] {
         ensure_folder(root, path, mode)?;
     }
@@ -162,12 +174,14 @@ fn mount_system(root: &OwnedFd) -> io::Result<()> {
     let terminals = format!("newinstance,ptmxmode=0666,mode=0620,gid={TTY_GROUP}");
     mount_at(root, "dev/pts", "devpts", MountFlags::NOSUID | MountFlags::NOEXEC, &terminals)?;
     mount_at(root, "dev/shm", "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, "mode=1777")?;
-    make_devices(root)
+    make_devices(root, kernel)
 }
 
 /// The running kernel's modules, for `modprobe` in the sandbox: they are no image's own.
 fn mount_modules(root: &OwnedFd, disks: &Disks) -> io::Result<()> {
-    let Ok(device) = disks.get("modules") else { return Ok(()) };
+    if !disks.has("modules") {
+        return Ok(());
+    }
     let libraries = open_beneath(root, b"lib", OFlags::PATH | OFlags::DIRECTORY);
     if libraries.is_err() {
         return Ok(());
@@ -175,10 +189,10 @@ fn mount_modules(root: &OwnedFd, disks: &Disks) -> io::Result<()> {
     ensure_folder(root, MODULES, 0o755)?;
     let target = open_beneath(root, MODULES.as_bytes(), OFlags::PATH | OFlags::DIRECTORY)?;
     let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-    mount(&device.to_string_lossy(), &own_path(target.as_fd()), "squashfs", flags, "")
+    disks.mount("modules", &own_path(target.as_fd()), ("squashfs", flags, ""))
 }
 
-fn make_devices(root: &OwnedFd) -> io::Result<()> {
+fn make_devices(root: &OwnedFd, kernel: Kernel) -> io::Result<()> {
     let dev = open_beneath(root, b"dev", OFlags::PATH | OFlags::DIRECTORY)?;
     for (name, major, minor) in [
         ("null", 1, 3),
@@ -189,6 +203,12 @@ fn make_devices(root: &OwnedFd) -> io::Result<()> {
         ("tty", 5, 0),
     ] {
         let mode = Mode::from_raw_mode(0o666);
+        if kernel == Kernel::Shared {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+            let file = rustix::fs::openat(&dev, name, flags, mode)?;
+            bind(&Path::new("/dev").join(name), &file)?;
+            continue;
+        }
         let number = rustix::fs::makedev(major, minor);
         rustix::fs::mknodat(&dev, name, FileType::CharacterDevice, mode, number)?;
         rustix::fs::chmodat(&dev, name, mode, AtFlags::empty())?;

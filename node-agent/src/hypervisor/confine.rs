@@ -13,10 +13,14 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset,
     RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, Scope,
 };
-use rustix::process::{Resource, Rlimit, setrlimit, setsid};
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
 
 /// The newest rules that are asked for; older kernels enforce what they know.
 const NEWEST: ABI = ABI::V6;
+
+/// Descriptors that it may have open: disks, sockets and what its threads wake each other by.
+const FILES_MAX: u64 = 1024;
 
 /// What a process may touch.
 #[derive(Debug, Clone, Default)]
@@ -74,12 +78,15 @@ pub fn prepare(allowed: &Allowed) -> Result<RulesetCreated, RulesetError> {
 }
 
 /// Gives the command's process a session of its own, its limits, no core dumps (they would hold the
-/// guest's memory), and only the files that the rules allow.
+/// guest's memory), files and sockets that are its owner's only, and only the files that the rules
+/// allow.
 pub fn apply(command: &mut Command, rules: Option<RulesetCreated>, limits: Limits) {
     let mut rules = rules;
     let confine = move || {
         setsid()?;
+        umask(Mode::RWXG | Mode::RWXO);
         limit(Resource::Core, 0)?;
+        limit(Resource::Nofile, FILES_MAX)?;
         limit(Resource::Data, limits.data_bytes)?;
         limit(Resource::Fsize, limits.file_bytes)?;
         if let Some(rules) = rules.take() {
@@ -120,8 +127,8 @@ pub fn in_background(command: &mut Command) {
     }
 }
 
-fn limit(resource: Resource, bytes: u64) -> io::Result<()> {
-    Ok(setrlimit(resource, Rlimit { current: Some(bytes), maximum: Some(bytes) })?)
+fn limit(resource: Resource, most: u64) -> io::Result<()> {
+    Ok(setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })?)
 }
 
 fn add(

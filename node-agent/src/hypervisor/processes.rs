@@ -48,7 +48,8 @@ pub(super) fn running_in(dir: &Path, program: &Path) -> Vec<i32> {
         .collect()
 }
 
-fn of_program(program: &Path) -> impl Iterator<Item = i32> + use<> {
+/// The processes of this program.
+pub(super) fn of_program(program: &Path) -> impl Iterator<Item = i32> + use<> {
     let program = fs::canonicalize(program).unwrap_or_else(|_| program.to_owned());
     fs::read_dir("/proc")
         .into_iter()

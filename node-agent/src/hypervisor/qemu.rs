@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use futures_util::future::BoxFuture;
+use towline_proto::v1::Isolation;
 
 use super::confine::{self, Allowed, Limits};
 use super::vm::{LOG_FILE, ORDERS_SOCKET};
@@ -96,6 +97,7 @@ impl Qemu {
             tsc_khz: tsc::khz(),
             capabilities: Capabilities {
                 driver: "qemu",
+                isolation: Isolation::Vm,
                 version,
                 accel: Accel::Tcg,
                 accel_reason: String::new(),
@@ -103,6 +105,11 @@ impl Qemu {
                 hotplug: false,
                 gpu: false,
                 landlock,
+                own_kernel: true,
+                disk_limit: true,
+                memory_limit: true,
+                memory_limit_ends_commands: true,
+                process_limit: true,
                 missing,
             },
             templates: Templates::new(&config.cache_dir),

@@ -6,13 +6,16 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, ExitStatus};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use serde::{Deserialize, Serialize};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -20,6 +23,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use super::process::{self, Cgroup};
 use super::processes::{boot_id, executable, running_in, running_in_removed, start_time};
 use super::{HypervisorError, LINK_SOCKET};
 
@@ -47,6 +51,8 @@ pub struct VmIdentity {
 /// How a VM's process ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VmExit {
+    /// Which process ended, as people know it.
+    pub what: &'static str,
     /// `exit status: 0`, `signal: 9 (SIGKILL)`; empty when it was adopted, as only a parent is told.
     pub status: String,
     /// The end of what it wrote to its log.
@@ -55,7 +61,7 @@ pub struct VmExit {
 
 impl fmt::Display for VmExit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the VM's process (QEMU) ended")?;
+        write!(f, "{} ended", self.what)?;
         if !self.status.is_empty() {
             write!(f, " ({})", self.status)?;
         }
@@ -72,9 +78,24 @@ pub struct Vm {
     identity: VmIdentity,
     dir: PathBuf,
     pidfd: AsyncFd<OwnedFd>,
-    child: Mutex<Option<Child>>,
+    kind: Kind,
     status: Mutex<String>,
 }
+
+/// What it is a process of.
+#[derive(Debug)]
+enum Kind {
+    /// A VMM, which takes orders and writes a log.
+    Vmm,
+    /// A sandbox without a VM: its process 1, with whose end the kernel ends all others. Its log is
+    /// lost with the node agent that started it.
+    Sandbox { log: Option<File>, cgroup: Mutex<Option<Cgroup>> },
+}
+
+/// What a VMM is called in an exit.
+pub(crate) const VMM: &str = "the VM's process (QEMU)";
+/// What a sandbox's process 1 is called in an exit.
+const SANDBOX: &str = "the sandbox's first process";
 
 impl Vm {
     /// What to know it by.
@@ -97,12 +118,31 @@ impl Vm {
         // An error here could only mean that the runtime goes down.
         let _ = self.pidfd.readable().await.map(|mut guard| guard.retain_ready());
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(child) = &mut *self.child.lock().unwrap_or_else(PoisonError::into_inner)
-            && let Ok(Some(ended)) = child.try_wait()
-        {
+        if let Some(ended) = self.reap() {
             *status = ended.to_string();
         }
-        VmExit { status: status.clone(), log: log_end(&self.dir.join(LOG_FILE)) }
+        let status = status.clone();
+        match &self.kind {
+            Kind::Vmm => VmExit { what: VMM, status, log: log_end(&self.dir.join(LOG_FILE)) },
+            Kind::Sandbox { log, cgroup } => {
+                // Once: a later run of the sandbox has a cgroup of the same name. It is empty, as
+                // process 1 is the last of its namespace to go, so this does not take long.
+                let cgroup = cgroup.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some(Err(error)) = cgroup.map(|cgroup| cgroup.remove()) {
+                    tracing::warn!(%error, dir = %self.dir.display(), "cgroup not removed");
+                }
+                let log = log.as_ref().map(memory_log).unwrap_or_default();
+                VmExit { what: SANDBOX, status, log }
+            }
+        }
+    }
+
+    /// Takes the status of a child that has ended: there is one only of children, and only once.
+    fn reap(&self) -> Option<ExitStatus> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let ended = waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options).ok()??;
+        let signal = ended.terminating_signal().unwrap_or(0);
+        Some(ExitStatus::from_raw(ended.exit_status().unwrap_or(0) << 8 | signal))
     }
 
     /// Whether the process is still there.
@@ -121,7 +161,8 @@ impl Vm {
     /// Ends the process: asks it to write its disks out and quit, and kills it after the bound.
     pub async fn quit(&self, bound: Duration) -> io::Result<VmExit> {
         let asked = timeout(bound, async {
-            if self.ask_to_quit().await.is_err() {
+            // What a process has written is the kernel's already.
+            if matches!(self.kind, Kind::Sandbox { .. }) || self.ask_to_quit().await.is_err() {
                 return None;
             }
             Some(self.wait_exit().await)
@@ -144,32 +185,72 @@ impl Vm {
 
     /// Takes a process that was just spawned, and notes its identity in its directory.
     pub fn started(mut child: Child, dir: &Path) -> Result<Self, HypervisorError> {
-        let io = HypervisorError::io;
         let pid = i32::try_from(child.id()).unwrap_or(-1);
-        let Some(vm) = attach(pid, dir) else {
+        let Some(vm) = attach(pid, dir, Kind::Vmm) else {
             // It is a zombie: it has ended already.
             let status = child.wait().map(|status| status.to_string()).unwrap_or_default();
             let log = log_end(&dir.join(LOG_FILE));
-            let error = io::Error::other(VmExit { status, log }.to_string());
-            return Err(io("watch the process of the VM in", dir)(error));
+            let error = io::Error::other(VmExit { what: VMM, status, log }.to_string());
+            return Err(HypervisorError::io("watch the process of the VM in", dir)(error));
         };
-        *vm.child.lock().unwrap_or_else(PoisonError::into_inner) = Some(child);
-        write_identity(dir, &vm.identity).map_err(io("write the VM's identity in", dir))?;
+        vm.note()?;
         Ok(vm)
+    }
+
+    /// Takes a sandbox's process 1, a child that was just cloned. One that has ended is reaped.
+    pub(super) fn sandbox(
+        pid: i32,
+        dir: &Path,
+        log: File,
+        cgroup: Cgroup,
+    ) -> Result<Self, HypervisorError> {
+        let said = log.try_clone();
+        attach(pid, dir, Kind::Sandbox { log: Some(log), cgroup: Mutex::new(Some(cgroup)) })
+            .ok_or_else(|| {
+                if let Some(pid) = Pid::from_raw(pid) {
+                    let _ =
+                        rustix::process::waitpid(Some(pid), rustix::process::WaitOptions::empty());
+                }
+                let log = said.map(|log| memory_log(&log)).unwrap_or_default();
+                let exit = VmExit { what: SANDBOX, status: String::new(), log };
+                HypervisorError::io("start the sandbox in", dir)(io::Error::other(exit.to_string()))
+            })
+    }
+
+    /// The sandbox whose process 1 this is, in a directory that was removed.
+    pub(super) fn stray(pid: i32, dir: &Path, cgroup: Cgroup) -> Option<Self> {
+        attach(pid, dir, Kind::Sandbox { log: None, cgroup: Mutex::new(Some(cgroup)) })
+    }
+
+    /// Notes in its directory what to know it by.
+    pub(super) fn note(&self) -> Result<(), HypervisorError> {
+        write_identity(&self.dir, &self.identity)
+            .map_err(HypervisorError::io("write the VM's identity in", &self.dir))
+    }
+
+    /// The sandbox without a VM that runs in this directory. It was noted before it could do
+    /// anything, so there is no other way to find it.
+    pub(super) fn find_sandbox(dir: &Path, cgroup: Cgroup) -> Option<Self> {
+        let noted = read_identity(dir).filter(is_sandbox)?;
+        let cgroup = Mutex::new(Some(cgroup));
+        let vm = attach(noted.pid, dir, Kind::Sandbox { log: None, cgroup })?;
+        (vm.identity == noted).then_some(vm)
     }
 
     /// The VM that runs in this directory with this program: the one noted there, or, when a node
     /// agent died before it could note it, the one that is found.
     pub fn find(dir: &Path, program: &Path) -> Option<Self> {
         if let Some(noted) = read_identity(dir)
+            && !is_sandbox(&noted)
             && noted.boot_id == boot_id()
-            && let Some(vm) = attach(noted.pid, dir)
+            && let Some(vm) = attach(noted.pid, dir, Kind::Vmm)
             && vm.identity == noted
         {
             return Some(vm);
         }
-        let found = running_in(dir, program).into_iter().find_map(|pid| attach(pid, dir))?;
-        let _ = write_identity(dir, &found.identity);
+        let found =
+            running_in(dir, program).into_iter().find_map(|pid| attach(pid, dir, Kind::Vmm))?;
+        let _ = found.note();
         Some(found)
     }
 }
@@ -177,16 +258,17 @@ impl Vm {
 /// The VMs of this program that run beneath this folder in a directory that was removed.
 pub(super) fn strays(folder: &Path, program: &Path) -> Vec<Vm> {
     let found = running_in_removed(folder, program);
-    found.into_iter().filter_map(|(pid, dir)| attach(pid, &dir)).collect()
+    found.into_iter().filter_map(|(pid, dir)| attach(pid, &dir, Kind::Vmm)).collect()
 }
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        let child = self.child.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(child) = child {
-            let _ = child.try_wait();
-        }
+        self.reap();
     }
+}
+
+fn is_sandbox(identity: &VmIdentity) -> bool {
+    identity.executable == Path::new(process::PROGRAM)
 }
 
 /// Connects to a socket in a directory whose path may be too long for a socket's address.
@@ -196,7 +278,7 @@ pub(crate) async fn connect(dir: &Path, name: &str) -> io::Result<UnixStream> {
     UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await
 }
 
-fn attach(pid: i32, dir: &Path) -> Option<Vm> {
+fn attach(pid: i32, dir: &Path, kind: Kind) -> Option<Vm> {
     let before = start_time(pid)?;
     let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::NONBLOCK).ok()?;
     let executable = executable(pid)?;
@@ -209,7 +291,7 @@ fn attach(pid: i32, dir: &Path) -> Option<Vm> {
         identity,
         dir: dir.to_owned(),
         pidfd: watch(pidfd).ok()?,
-        child: Mutex::new(None),
+        kind,
         status: Mutex::new(String::new()),
     })
 }
@@ -241,4 +323,15 @@ fn log_end(path: &Path) -> String {
         Ok(String::from_utf8_lossy(&bytes).trim().to_owned())
     };
     read().unwrap_or_default()
+}
+
+/// The end of a log in memory, whose unwritten part is NULs.
+fn memory_log(log: &File) -> String {
+    use std::os::unix::fs::FileExt;
+    let len = log.metadata().map(|meta| meta.len()).unwrap_or(0);
+    let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+    let read = log.read_at(&mut bytes, 0).unwrap_or(0);
+    let written = bytes[..read].iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
+    let shown = written.saturating_sub(usize::try_from(LOG_SHOWN).unwrap_or(0));
+    String::from_utf8_lossy(&bytes[shown..written]).trim().to_owned()
 }

@@ -17,7 +17,7 @@ use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::limits::GUEST_PROTOCOL;
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
-    GuestCommand, GuestConfigure, GuestConfigured, GuestHello, StreamOpen, guest_command,
+    GuestCommand, GuestConfigure, GuestConfigured, GuestHello, Isolation, StreamOpen, guest_command,
 };
 use towline_streams::{
     FrameReader, FrameWriter, GuestSession, Marker, MuxDriver, MuxHandle, MuxRecv, MuxSend,
@@ -59,6 +59,7 @@ impl Doubles {
     pub(crate) fn new() -> Self {
         let capabilities = Capabilities {
             driver: "double",
+            isolation: Isolation::Vm,
             version: "1".into(),
             accel: Accel::Tcg,
             accel_reason: String::new(),
@@ -66,6 +67,11 @@ impl Doubles {
             hotplug: false,
             gpu: false,
             landlock: false,
+            own_kernel: true,
+            disk_limit: true,
+            memory_limit: true,
+            memory_limit_ends_commands: true,
+            process_limit: true,
             missing: Vec::new(),
         };
         Self {

@@ -21,6 +21,7 @@ use towline_node_agent::Outside;
 use towline_node_agent::config::Config;
 use towline_node_agent::egress::own::Own;
 use towline_node_agent::egress::resolver::Resolve;
+use towline_node_agent::hypervisor::{Hypervisor, Hypervisors};
 use towline_node_agent::store::Store;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::ids::SandboxId;
@@ -121,7 +122,8 @@ impl World {
             .enable_all()
             .build()
             .unwrap();
-        let (hypervisor, root) = (Arc::clone(&self.doubles), self.dir.path().join("root"));
+        let drivers = Hypervisors::new(vec![Arc::clone(&self.doubles) as Arc<dyn Hypervisor>]);
+        let root = self.dir.path().join("root");
         let outside = Outside {
             own: Own::of_machine(vec![self.control.endpoint.clone()], None),
             resolver: Arc::clone(&self.names) as Arc<dyn Resolve>,
@@ -130,7 +132,7 @@ impl World {
             let store = Arc::new(Store::open(&config.data_dir).unwrap());
             let never = std::future::pending();
             let ended =
-                towline_node_agent::run(config, store, hypervisor, outside, &root, never).await;
+                towline_node_agent::run(config, store, drivers, outside, &root, never).await;
             panic!("the node agent ended: {ended:?}");
         });
         self.node = Some(runtime);

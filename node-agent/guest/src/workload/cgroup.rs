@@ -1,7 +1,9 @@
 //! The guest's cgroups: `init` for the workload's init, `workload` with the limits, and in it one
 //! per exec, so that a memory hog ends with its own exec and the exit says why.
 //!
-//! The agent stays in the root cgroup, which has no limits, with the least OOM score.
+//! The agent stays in the root cgroup, which has no limits, with the least OOM score. Where the
+//! kernel is the node's, the root is the sandbox's cgroup, whose limits the node has set, and the
+//! agent is in `agent`; controllers may be missing there (they are bound to cgroup v1).
 
 use std::fs;
 use std::io;
@@ -10,8 +12,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountFlags;
 use tokio::time::{Instant, sleep};
 
+use crate::boot::{Kernel, mount};
 use crate::exec::ExecKey;
 use crate::refusal::Refusal;
 
@@ -19,6 +23,11 @@ use crate::refusal::Refusal;
 const LOOK: Duration = Duration::from_millis(20);
 /// How long killed processes may take to go: one in uninterruptible sleep does not.
 const KILLED_MAX: Duration = Duration::from_secs(5);
+
+/// Where the memory controller is mounted, if it is one of cgroup v1.
+const MEMORY_V1: &str = "/run/towline/memory";
+/// Says of an exec's cgroup, by 0, that the exec has ended.
+const ENDED_MARK: &str = "cgroup.max.descendants";
 
 /// What the workload as a whole may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,31 +43,55 @@ pub struct Limits {
 pub struct Cgroups {
     base: PathBuf,
     limits: Limits,
+    memory: Memory,
+}
+
+/// Who tells that memory has run out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    /// Each exec's own cgroup.
+    Own,
+    /// The sandbox's cgroup of version 1, for all execs together.
+    Together,
+    /// Nobody.
+    Untold,
 }
 
 /// The cgroup of one exec; removed when it is dropped, if nothing lives in it any more.
 #[derive(Debug)]
 pub(crate) struct ExecCgroup {
     path: PathBuf,
-    memory: u64,
+    limit: u64,
+    memory: Memory,
+    /// How often memory had run out before.
+    before: u64,
 }
 
 impl Cgroups {
     /// Makes the tree in the cgroup2 file system mounted at `base`.
-    pub fn make_tree(base: &Path, limits: Limits) -> io::Result<Self> {
+    pub fn make_tree(base: &Path, limits: Limits, kernel: Kernel) -> io::Result<Self> {
         let workload = base.join("workload");
         for path in [base.join("init"), workload.clone()] {
-            match fs::create_dir(&path) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
+            make_folder(&path)?;
+        }
+        if kernel == Kernel::Shared {
+            // Only the root of all may hold processes beside cgroups with limits.
+            let agents = base.join("agent");
+            make_folder(&agents)?;
+            fs::write(agents.join("cgroup.procs"), "0")?;
+        }
+        let memory = match kernel {
+            Kernel::Shared if !has_controllers(base) => memory_v1(),
+            Kernel::Own | Kernel::Shared => {
+                for path in [base, &workload] {
+                    fs::write(path.join("cgroup.subtree_control"), "+memory +pids")?;
+                }
+                fs::write(workload.join("pids.max"), limits.processes.to_string())?;
+                fs::write(workload.join("memory.max"), limits.memory.to_string())?;
+                Memory::Own
             }
-        }
-        for path in [base, &workload] {
-            fs::write(path.join("cgroup.subtree_control"), "+memory +pids")?;
-        }
-        fs::write(workload.join("pids.max"), limits.processes.to_string())?;
-        fs::write(workload.join("memory.max"), limits.memory.to_string())?;
-        Ok(Self { base: base.to_owned(), limits })
+        };
+        Ok(Self { base: base.to_owned(), limits, memory })
     }
 
     /// The cgroup of the workload's init.
@@ -76,8 +109,12 @@ impl Cgroups {
         self.sweep();
         let path = self.workload().join(name);
         fs::create_dir(&path)?;
-        let cgroup = ExecCgroup { path, memory: self.limits.memory };
-        fs::write(cgroup.path.join("memory.oom.group"), "1")?;
+        let (limit, memory) = (self.limits.memory, self.memory);
+        let mut cgroup = ExecCgroup { path, limit, memory, before: 0 };
+        if memory == Memory::Own {
+            fs::write(cgroup.path.join("memory.oom.group"), "1")?;
+        }
+        cgroup.before = cgroup.kills().unwrap_or(0);
         Ok(cgroup)
     }
 
@@ -85,7 +122,7 @@ impl Cgroups {
     fn sweep(&self) {
         // Never one that a child is about to be cloned into: only what an ended exec has marked.
         for path in self.exec_paths() {
-            if fs::read(path.join("memory.oom.group")).is_ok_and(|value| value == b"0\n") {
+            if fs::read(path.join(ENDED_MARK)).is_ok_and(|value| value == b"0\n") {
                 let _ = fs::remove_dir(path);
             }
         }
@@ -139,9 +176,18 @@ impl ExecCgroup {
 
     /// Says so if the kernel has killed processes of it for want of memory.
     pub(crate) fn out_of_memory(&self) -> Option<String> {
-        let events = fs::read_to_string(self.path.join("memory.events")).ok()?;
-        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "))?;
-        (kills != "0").then(|| format!("killed: out of memory (limit {})", human(self.memory)))
+        let again = self.kills()? > self.before;
+        again.then(|| format!("killed: out of memory (limit {})", human(self.limit)))
+    }
+
+    fn kills(&self) -> Option<u64> {
+        let events = match self.memory {
+            Memory::Own => self.path.join("memory.events"),
+            Memory::Together => Path::new(MEMORY_V1).join("memory.oom_control"),
+            Memory::Untold => return None,
+        };
+        let events = fs::read_to_string(events).ok()?;
+        events.lines().find_map(|line| line.strip_prefix("oom_kill "))?.parse().ok()
     }
 }
 
@@ -149,8 +195,30 @@ impl Drop for ExecCgroup {
     fn drop(&mut self) {
         if fs::remove_dir(&self.path).is_err() {
             // Background processes live on; the mark says that a sweep may remove it later.
-            let _ = fs::write(self.path.join("memory.oom.group"), "0");
+            let _ = fs::write(self.path.join(ENDED_MARK), "0");
         }
+    }
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Whether memory and processes can be limited here.
+fn has_controllers(base: &Path) -> bool {
+    let controllers = fs::read_to_string(base.join("cgroup.controllers")).unwrap_or_default();
+    ["memory", "pids"].iter().all(|wanted| controllers.split_whitespace().any(|c| c == *wanted))
+}
+
+/// The sandbox's own cgroup of version 1 tells when it was out of memory, if there is one.
+fn memory_v1() -> Memory {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
+    match mount("cgroup", Path::new(MEMORY_V1), "cgroup", flags, "memory") {
+        Ok(()) => Memory::Together,
+        Err(_) => Memory::Untold,
     }
 }
 

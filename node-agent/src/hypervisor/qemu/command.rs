@@ -25,7 +25,7 @@ pub(super) const MACHINE: &str = "v1";
 pub(super) fn cpu(accel: Accel) -> &'static str {
     match accel {
         Accel::Kvm => "host",
-        Accel::Tcg => TCG_CPU,
+        Accel::Tcg | Accel::None => TCG_CPU,
     }
 }
 
@@ -46,7 +46,7 @@ pub(super) fn arguments(
     args.pair("-M", format!("microvm,pit=off,pic=off,rtc=on,isa-serial={serial}"));
     match accel {
         Accel::Kvm => args.add(&["-accel", "kvm"]),
-        Accel::Tcg => {
+        Accel::Tcg | Accel::None => {
             args.pair("-accel", format!("tcg,thread=multi,tb-size={TRANSLATIONS_MIB}"));
         }
     }
@@ -90,7 +90,7 @@ fn kernel_command_line(tsc_khz: Option<u64>, spec: &VmSpec, accel: Accel) -> Str
     }
     match accel {
         Accel::Kvm => {}
-        Accel::Tcg => {
+        Accel::Tcg | Accel::None => {
             // Emulation is no boundary that these could guard, and they cost it much.
             line += " nokaslr mitigations=off";
             // Without it the kernel finds no timer and hangs, mostly on a busy host.

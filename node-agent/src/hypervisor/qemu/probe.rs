@@ -73,6 +73,7 @@ async fn probe(qemu: &Qemu) -> Result<(), String> {
     let spec = VmSpec {
         cpus: 1,
         memory_mib: PROBE_MEMORY_MIB,
+        processes_max: 0,
         layers: Vec::new(),
         upper: None,
         dir: dir.path().to_owned(),

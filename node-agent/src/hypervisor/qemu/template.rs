@@ -189,7 +189,8 @@ fn spec(shape: VmShape, work: &TempDir, place: &str) -> Result<VmSpec, String> {
     let dir = work.path().join(place);
     DirBuilder::new().mode(0o700).create(&dir).map_err(|error| error.to_string())?;
     let VmShape { cpus, memory_mib } = shape;
-    Ok(VmSpec { cpus, memory_mib, layers: Vec::new(), upper: None, dir, console: false })
+    let (layers, processes_max) = (Vec::new(), 0);
+    Ok(VmSpec { cpus, memory_mib, processes_max, layers, upper: None, dir, console: false })
 }
 
 async fn save(qemu: &Qemu, shape: VmShape, work: &TempDir) -> Result<PathBuf, String> {

@@ -1,4 +1,4 @@
-//! A VM with the real guest agent for tests: driver, layer, disk, configuration, commands.
+//! A sandbox with the real guest agent for tests: drivers, layer, disk, configuration, commands.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use towline_node_agent::guest_link::GuestLink;
+use towline_node_agent::hypervisor::process::Process;
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
-use towline_node_agent::hypervisor::{Hypervisor, Vm, VmSpec};
+use towline_node_agent::hypervisor::{Capabilities, Hypervisor, HypervisorError, Vm, VmSpec};
 use towline_node_agent::{disks, initramfs, kernel};
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::{
@@ -21,38 +22,18 @@ pub(crate) const SECRET: [u8; 32] = [0x5e; 32];
 /// A boot, or anything else, on a machine where everything else runs too.
 pub(crate) const BOOT_MAX: Duration = Duration::from_secs(90);
 pub(crate) const PROCESSES_MAX: u32 = 60;
+const MEMORY_MIB: u64 = 320;
 
 /// What the tests run; each is taken from this machine with its libraries.
-const PROGRAMS: [&str; 25] = [
-    "bash",
-    "sh",
-    "cat",
-    "head",
-    "tail",
-    "ls",
-    "id",
-    "stat",
-    "dd",
-    "df",
-    "rm",
-    "mkdir",
-    "sleep",
-    "stty",
-    "tty",
-    "uname",
-    "touch",
-    "mount",
-    "perl",
-    "find",
-    "sort",
-    "env",
-    "mknod",
-    "seq",
-    "sha256sum",
+const PROGRAMS: [&str; 26] = [
+    "bash", "sh", "cat", "head", "tail", "ls", "id", "stat", "dd", "df", "rm", "mkdir", "sleep",
+    "stty", "tty", "uname", "touch", "mount", "perl", "find", "sort", "env", "mknod", "umount",
+    "seq", "sha256sum",
 ];
 /// These too, where this machine has them.
 const PROGRAMS_MAYBE: [&str; 2] = ["kmod", "ssh-keygen"];
 pub(crate) struct Guest {
+    pub(crate) capabilities: Capabilities,
     pub(crate) vm: Machine,
     pub(crate) link: GuestLink,
     pub(crate) next_key: std::cell::Cell<u8>,
@@ -66,6 +47,17 @@ impl std::ops::Deref for Machine {
 
     fn deref(&self) -> &Vm {
         &self.0
+    }
+}
+
+impl Machine {
+    /// What a restarted node agent does: the handle is gone, the VM is found in its directory.
+    pub(crate) fn adopted(self, driver: &dyn Hypervisor) -> Self {
+        let (dir, identity) = (self.dir().to_owned(), self.identity().clone());
+        std::mem::forget(self);
+        let vm = driver.adopt(&dir).unwrap().expect("a running VM is found");
+        assert_eq!(vm.identity(), &identity);
+        Self(vm)
     }
 }
 
@@ -87,30 +79,44 @@ pub(crate) struct Outcome {
 
 impl Guest {
     /// Boots with the test's layer, and configures.
-    pub(crate) async fn boot(driver: &Qemu, dir: &Path) -> Option<Self> {
+    pub(crate) async fn boot(driver: &dyn Hypervisor, dir: &Path) -> Option<Self> {
         let mut guest = Self::boot_only(driver, dir, vec![layer(dir)?]).await;
-        let configure = GuestConfigure { layers: 1, ..configuration() };
+        let configure = GuestConfigure {
+            layers: 1,
+            memory_max_bytes: if guest.capabilities.own_kernel { 0 } else { MEMORY_MIB << 20 },
+            ..configuration()
+        };
         guest.link.configure(&guest.vm, &configure, BOOT_MAX).await.unwrap();
         Some(guest)
     }
 
     /// Boots to the hello.
-    pub(crate) async fn boot_only(driver: &Qemu, dir: &Path, layers: Vec<PathBuf>) -> Self {
+    pub(crate) async fn boot_only(driver: &dyn Hypervisor, dir: &Path, layers: Vec<PathBuf>) -> Self {
         let vm = driver.boot(&spec(dir, layers)).await.unwrap();
-        Self::hello(vm).await
+        Self::hello(driver, vm).await
     }
 
     /// Restores from the template of this shape to the hello.
-    pub(crate) async fn restore_only(driver: &Qemu, dir: &Path, layers: Vec<PathBuf>) -> Self {
+    pub(crate) async fn restore_only(driver: &dyn Hypervisor, dir: &Path, layers: Vec<PathBuf>) -> Self {
         let vm = driver.restore(&spec(dir, layers)).await.unwrap().expect("there is a template");
-        Self::hello(vm).await
+        Self::hello(driver, vm).await
     }
 
-    async fn hello(vm: Vm) -> Self {
+    async fn hello(driver: &dyn Hypervisor, vm: Vm) -> Self {
         let vm = Machine(vm);
         let link = GuestLink::connect(&vm, SECRET, BOOT_MAX).await.unwrap();
         assert!(!link.hello.configured);
-        Self { vm, link, next_key: std::cell::Cell::new(0) }
+        let capabilities = driver.capabilities().clone();
+        Self { capabilities, vm, link, next_key: std::cell::Cell::new(0) }
+    }
+
+    /// Whether a check is to be made of this driver; says which capability is missing, if not.
+    pub(crate) fn asked(&self, check: &str, capability: &str, has: bool) -> bool {
+        if !has {
+            let driver = self.capabilities.driver;
+            eprintln!("SKIPPED: {check} on {driver}: no capability {capability}");
+        }
+        has
     }
 
     pub(crate) async fn run(&self, argv: &[&str]) -> Outcome {
@@ -155,7 +161,8 @@ pub(crate) fn spec(dir: &Path, layers: Vec<PathBuf>) -> VmSpec {
     disks::create(&cache_dir(), &upper, 96).unwrap();
     VmSpec {
         cpus: 1,
-        memory_mib: 320,
+        memory_mib: MEMORY_MIB,
+        processes_max: PROCESSES_MAX,
         layers,
         upper: Some(upper),
         dir: dir.to_owned(),
@@ -271,7 +278,8 @@ pub(crate) async fn to_the_end(
     }
 }
 
-pub(crate) async fn driver() -> Option<Qemu> {
+/// The `qemu` driver, or `None` with a word why.
+pub(crate) async fn qemu() -> Option<Qemu> {
     Some(Qemu::new(config()?).await.unwrap())
 }
 
@@ -292,6 +300,22 @@ pub(crate) fn config() -> Option<QemuConfig> {
     };
     let initramfs = initramfs::ensure(&cache, &kernel, &guest_agent()).unwrap();
     Some(QemuConfig { cache_dir: cache, kernel, initramfs, accel: AccelChoice::Auto })
+}
+
+/// The `process` driver, or `None` with a word why.
+pub(crate) fn process() -> Option<Process> {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("SKIPPED: the `process` driver needs root");
+        return None;
+    }
+    match Process::new(&guest_agent()) {
+        Ok(process) => Some(process),
+        Err(error @ HypervisorError::Spec(_)) => {
+            eprintln!("SKIPPED: {error}");
+            None
+        }
+        Err(error) => panic!("{error:?}"),
+    }
 }
 
 /// The static guest agent: the one named by the environment, or built now.

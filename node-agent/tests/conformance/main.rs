@@ -1,5 +1,8 @@
-//! The real guest agent in a real microVM: configured with a squashfs layer, or the machine's own
-//! system over FUSE, and an ext4 disk, it runs commands and survives what they do to the machine.
+//! One suite over all drivers, with the real guest agent: configured with a squashfs layer, or the
+//! machine's own system over FUSE, and an ext4 disk, it runs commands and survives what they do.
+//!
+//! A driver's capabilities decide what is asked of it; what is not is said, with the capability. A
+//! new driver needs a test function here and nothing else.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,6 +11,7 @@
 )]
 
 mod guest;
+mod hostile;
 mod local_image;
 mod net;
 mod warm;
@@ -15,10 +19,11 @@ mod warm;
 use std::time::Duration;
 
 use guest::{
-    BOOT_MAX, Guest, SECRET, driver, frame, message, run_async, start, to_the_end, until_shown,
-    vm_dir,
+    BOOT_MAX, Guest, SECRET, frame, message, process, qemu, run_async, start, to_the_end,
+    until_shown, vm_dir,
 };
 use towline_node_agent::guest_link::GuestLink;
+use towline_node_agent::hypervisor::Hypervisor;
 use towline_proto::frame::FrameKind;
 use towline_proto::v1::{
     ExecOpen, ExecSignal, ExecStart, ExecStarted, GuestCommand, GuestEvent, PingOpen, Shutdown,
@@ -26,25 +31,40 @@ use towline_proto::v1::{
 };
 
 #[test]
-fn vm_runs_commands_and_survives_them() {
+fn qemu_keeps_to_what_every_driver_does() {
     run_async(async {
-        let Some(driver) = driver().await else { return };
-        let (_guard, dir) = vm_dir();
-        let Some(mut guest) = Guest::boot(&driver, &dir).await else { return };
-        guest.check_commands().await;
-        guest.check_terminal().await;
-        guest.check_isolation().await;
-        guest.check_fork_bomb().await;
-        guest.check_out_of_memory().await;
-        guest.check_full_disk().await;
-        guest = guest.check_new_session().await;
-        guest.check_reboot_inside().await;
-        guest.check_shutdown().await;
-        let again = Guest::boot(&driver, &dir).await.expect("it boots again");
-        let kept = again.run(&["cat", "/kept"]).await;
-        assert_eq!(kept.stdout, "kept\n", "{kept:?}");
-        again.vm.kill().unwrap();
+        let Some(driver) = qemu().await else { return };
+        conforms(&driver).await;
     });
+}
+
+#[test]
+fn process_keeps_to_what_every_driver_does() {
+    run_async(async {
+        let Some(driver) = process() else { return };
+        conforms(&driver).await;
+    });
+}
+
+async fn conforms(driver: &dyn Hypervisor) {
+    let (_guard, dir) = vm_dir();
+    let Some(mut guest) = Guest::boot(driver, &dir).await else { return };
+    guest.check_host_side();
+    guest.check_commands().await;
+    guest.check_terminal().await;
+    guest.check_isolation().await;
+    guest.check_hostile_root().await;
+    guest.check_fork_bomb().await;
+    guest.check_out_of_memory().await;
+    guest.check_full_disk().await;
+    guest = guest.check_adoption(driver).await;
+    guest.check_reboot_inside().await;
+    guest.check_shutdown().await;
+    assert!(driver.adopt(&dir).unwrap().is_none(), "what has ended is not found");
+    let again = Guest::boot(driver, &dir).await.expect("it boots again");
+    let kept = again.run(&["cat", "/kept"]).await;
+    assert_eq!(kept.stdout, "kept\n", "{kept:?}");
+    again.check_kill(driver, &dir).await;
 }
 
 impl Guest {
@@ -100,6 +120,9 @@ impl Guest {
     }
 
     async fn check_fork_bomb(&self) {
+        if !self.asked("fork bomb", "process_limit", self.capabilities.process_limit) {
+            return;
+        }
         let bomb = "bomb() { bomb | bomb & }; bomb; sleep 1000";
         let (mut reader, mut writer) = self.open(start(&["bash", "-c", bomb])).await;
         let _started: ExecStarted = message(&mut reader, FrameKind::Started).await;
@@ -133,13 +156,23 @@ impl Guest {
     }
 
     async fn check_out_of_memory(&mut self) {
+        if !self.asked("out of memory", "memory_limit", self.capabilities.memory_limit) {
+            return;
+        }
         // A second command, which must not be the one that is killed.
         let (mut other, mut other_writer) = self.open(start(&["cat"])).await;
         let _started: ExecStarted = message(&mut other, FrameKind::Started).await;
-        // One endless line, which tail must keep whole.
-        let out = self.run(&["sh", "-c", "head -c 1000m /dev/zero | tail; echo survived"]).await;
+        let hog = "my @all; push @all, ('y' x (1 << 20)) . $_ for 1 .. 900; print 'survived'";
+        let out = self.run(&["perl", "-e", hog]).await;
         assert_eq!((out.code, out.stdout.as_str()), (137, ""), "{out:?}");
-        assert!(out.reason.starts_with("killed: out of memory (limit 2"), "{out:?}");
+        assert!(out.reason.starts_with("killed: out of memory (limit "), "{out:?}");
+        let together = self.capabilities.memory_limit_ends_commands;
+        if self.asked("a hog ends all of its command", "memory_limit_ends_commands", together) {
+            // One endless line, which tail must keep whole.
+            let hog = "head -c 1000m /dev/zero | tail; echo survived";
+            let out = self.run(&["sh", "-c", hog]).await;
+            assert_eq!((out.code, out.stdout.as_str()), (137, ""), "{out:?}");
+        }
         other_writer.send_data(FrameKind::StdinEof, 0, &[]).await.unwrap();
         assert_eq!(to_the_end(&mut other, &mut other_writer).await.code, 0);
         self.eventually_runs().await;
@@ -158,6 +191,9 @@ impl Guest {
     }
 
     async fn check_full_disk(&self) {
+        if !self.asked("full disk", "disk_limit", self.capabilities.disk_limit) {
+            return;
+        }
         let out = self.run_as_root("cat /dev/zero > /big; echo full; df /").await;
         assert!(out.stderr.contains("No space left"), "{out:?}");
         // A detached one cannot even make its spool, or keeps its output in memory.
@@ -170,18 +206,20 @@ impl Guest {
         assert_eq!(out.stdout, "freed\n", "{out:?}");
     }
 
-    /// As a restarted node agent: the command goes on, and its output is taken up again.
-    async fn check_new_session(self) -> Self {
+    /// As a restarted node agent: the VM is found again, the command goes on, and its output is
+    /// taken up where it was.
+    async fn check_adoption(self, driver: &dyn Hypervisor) -> Self {
         let script = "echo before; read line; echo after $line";
         let (mut reader, _writer) = self.open(start(&["sh", "-c", script])).await;
         let started: ExecStarted = message(&mut reader, FrameKind::Started).await;
         let shown = frame(&mut reader).await.split_data().unwrap().1;
         assert_eq!(&shown[..], b"before\n");
-        let Self { vm, link, next_key } = self;
+        let Self { capabilities, vm, link, next_key } = self;
         drop(link);
+        let vm = vm.adopted(driver);
         let link = GuestLink::connect(&vm, SECRET, BOOT_MAX).await.unwrap();
         assert!(link.hello.configured);
-        let guest = Self { vm, link, next_key };
+        let guest = Self { capabilities, vm, link, next_key };
         let resume = towline_proto::v1::ExecResume { stdout_offset: 7, ..Default::default() };
         let open = ExecOpen { exec_id: started.exec_id, how: Some(How::Resume(resume)) };
         let (mut reader, mut writer) = guest.open_stream(Kind::Exec(open)).await;

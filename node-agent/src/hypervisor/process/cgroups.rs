@@ -1,0 +1,303 @@
+//! Cgroups of `process` sandboxes: one each, named by its folder, in every hierarchy that this
+//! machine has. Version 2 where its controllers are; on machines that bind them to version 1, limits
+//! are set there and version 2 is still what a sandbox's own tree is made in.
+//!
+//! Everything is idempotent and knows no state: a name is all that cleaning needs.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sha2::{Digest, Sha256};
+
+use super::super::HypervisorError;
+
+/// Folder of all sandboxes' cgroups, in each hierarchy.
+const FOLDER: &str = "towline";
+/// The period of CPU quotas.
+const PERIOD_US: u64 = 100_000;
+/// How long killed processes may take to leave a cgroup.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(5);
+
+/// What a sandbox may use.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    pub(super) memory_bytes: u64,
+    pub(super) processes: u64,
+    pub(super) cpus: u32,
+}
+
+/// One hierarchy of cgroups.
+trait Hierarchy: fmt::Debug + Send + Sync {
+    /// Makes the cgroup and sets what it limits. It belongs to `owner` where it may have a tree.
+    fn make(&self, name: &str, limits: &Limits, owner: u32) -> io::Result<()>;
+    /// Where a cgroup is.
+    fn path(&self, name: &str) -> PathBuf;
+    /// What is limited here.
+    fn limits(&self) -> Vec<&str>;
+    /// Whether a sandbox can limit its own commands here.
+    fn is_the_sandboxs(&self) -> bool;
+}
+
+/// Version 2.
+#[derive(Debug)]
+struct Unified {
+    base: PathBuf,
+    controllers: Vec<&'static str>,
+}
+
+/// One controller of version 1.
+#[derive(Debug)]
+struct Controller {
+    base: PathBuf,
+    kind: &'static str,
+}
+
+/// The hierarchies of this machine.
+#[derive(Debug)]
+pub(super) struct Tree {
+    hierarchies: Vec<Box<dyn Hierarchy>>,
+}
+
+/// A sandbox's cgroups.
+#[derive(Debug, Clone)]
+pub(in super::super) struct Cgroup {
+    tree: Arc<Tree>,
+    name: String,
+}
+
+const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
+
+impl Tree {
+    /// Looks at what is mounted, and makes our folder in each hierarchy.
+    pub(super) fn find() -> Result<Self, HypervisorError> {
+        let mounts = fs::read_to_string("/proc/self/mounts")
+            .map_err(HypervisorError::io("read", Path::new("/proc/self/mounts")))?;
+        let mut hierarchies: Vec<Box<dyn Hierarchy>> = Vec::new();
+        let mut unified = None;
+        for line in mounts.lines() {
+            let fields: Vec<&str> = line.split(' ').collect();
+            let [_, place, kind, options, ..] = fields[..] else { continue };
+            match kind {
+                "cgroup2" if unified.is_none() => {
+                    let base = Path::new(place).join(FOLDER);
+                    make_folder(&base).map_err(HypervisorError::io("make", &base))?;
+                    unified = Some(Unified { controllers: enable(Path::new(place), &base), base });
+                }
+                "cgroup" => {
+                    let here = CONTROLLERS.iter().find(|c| options.split(',').any(|o| o == **c));
+                    let Some(kind) = here else { continue };
+                    let base = Path::new(place).join(FOLDER);
+                    make_folder(&base).map_err(HypervisorError::io("make", &base))?;
+                    hierarchies.push(Box::new(Controller { base, kind }));
+                }
+                _ => {}
+            }
+        }
+        let Some(unified) = unified else {
+            let problem = "the `process` driver needs a mounted cgroup2 file system \
+                           (mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified)";
+            return Err(HypervisorError::Spec(problem.into()));
+        };
+        hierarchies.push(Box::new(unified));
+        Ok(Self { hierarchies })
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &dyn Hierarchy> {
+        self.hierarchies.iter().map(|hierarchy| &**hierarchy)
+    }
+
+    /// Removes cgroups in which nothing runs: those of sandboxes whose folders have been removed.
+    pub(super) fn sweep(&self) {
+        let bases = self.iter().map(|hierarchy| hierarchy.path(""));
+        for group in bases.flat_map(|base| fs::read_dir(base).into_iter().flatten().flatten()) {
+            let path = group.path();
+            if path.is_dir() && is_empty(&path) {
+                let _ = remove_tree(&path);
+            }
+        }
+    }
+
+    /// Whether this is limited somewhere.
+    pub(super) fn limits(&self, what: &str) -> bool {
+        self.iter().any(|hierarchy| hierarchy.limits().contains(&what))
+    }
+
+    /// Whether a sandbox can limit the memory of each of its commands.
+    pub(super) fn limits_within(&self) -> bool {
+        self.iter().any(|h| h.is_the_sandboxs() && h.limits().contains(&"memory"))
+    }
+
+    /// The limits that no hierarchy sets.
+    pub(super) fn missing(&self) -> Vec<String> {
+        let missing = CONTROLLERS.iter().filter(|what| !self.limits(what));
+        missing
+            .map(|what| format!("cgroups: the `{what}` controller is not here: no such limit"))
+            .collect()
+    }
+
+    /// The cgroups of the sandbox in this folder.
+    pub(super) fn of(self: &Arc<Self>, dir: &Path) -> Cgroup {
+        let digest = Sha256::digest(dir.as_os_str().as_encoded_bytes());
+        let name = digest[..10].iter().map(|byte| format!("{byte:02x}")).collect();
+        Cgroup { tree: Arc::clone(self), name }
+    }
+}
+
+impl Cgroup {
+    pub(super) fn make(&self, limits: &Limits, owner: u32) -> io::Result<()> {
+        let make = |hierarchy: &dyn Hierarchy| {
+            hierarchy.make(&self.name, limits, owner).map_err(|error| {
+                let path = hierarchy.path(&self.name);
+                io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+            })
+        };
+        self.tree.iter().try_for_each(make)
+    }
+
+    pub(super) fn enter(&self, pid: i32) -> io::Result<()> {
+        let enter =
+            |h: &dyn Hierarchy| fs::write(h.path(&self.name).join("cgroup.procs"), pid.to_string());
+        self.tree.iter().try_for_each(enter)
+    }
+
+    /// Kills what is left in it and removes it. That there is nothing is fine.
+    pub(in super::super) fn remove(&self) -> io::Result<()> {
+        let until = Instant::now() + LEAVE_MAX;
+        for hierarchy in self.tree.iter() {
+            let path = hierarchy.path(&self.name);
+            let _ = fs::write(path.join("cgroup.kill"), "1");
+            loop {
+                match remove_tree(&path) {
+                    // Processes that were killed have not all gone yet.
+                    Err(error)
+                        if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < until =>
+                    {
+                        std::thread::sleep(LOOK);
+                    }
+                    result => break result?,
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Hierarchy for Unified {
+    fn make(&self, name: &str, limits: &Limits, owner: u32) -> io::Result<()> {
+        let path = self.path(name);
+        make_folder(&path)?;
+        for controller in &self.controllers {
+            match *controller {
+                "memory" => {
+                    fs::write(path.join("memory.max"), limits.memory_bytes.to_string())?;
+                    // Not there on a machine without swap.
+                    let _ = fs::write(path.join("memory.swap.max"), "0");
+                }
+                "pids" => fs::write(path.join("pids.max"), limits.processes.to_string())?,
+                _ => {
+                    let quota = u64::from(limits.cpus) * PERIOD_US;
+                    fs::write(path.join("cpu.max"), format!("{quota} {PERIOD_US}"))?;
+                }
+            }
+        }
+        // The sandbox makes a tree of its own in it; its limits stay ours.
+        for file in ["", "cgroup.procs", "cgroup.threads", "cgroup.subtree_control"] {
+            std::os::unix::fs::chown(path.join(file), Some(owner), Some(owner))?;
+        }
+        Ok(())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.base.join(name)
+    }
+
+    fn limits(&self) -> Vec<&str> {
+        self.controllers.clone()
+    }
+
+    fn is_the_sandboxs(&self) -> bool {
+        true
+    }
+}
+
+impl Hierarchy for Controller {
+    fn make(&self, name: &str, limits: &Limits, _: u32) -> io::Result<()> {
+        let path = self.path(name);
+        make_folder(&path)?;
+        match self.kind {
+            "memory" => {
+                let bytes = limits.memory_bytes.to_string();
+                fs::write(path.join("memory.limit_in_bytes"), &bytes)?;
+                // Not there where swap is not accounted for.
+                let _ = fs::write(path.join("memory.memsw.limit_in_bytes"), &bytes);
+                Ok(())
+            }
+            "pids" => fs::write(path.join("pids.max"), limits.processes.to_string()),
+            _ => {
+                let quota = u64::from(limits.cpus) * PERIOD_US;
+                fs::write(path.join("cpu.cfs_period_us"), PERIOD_US.to_string())?;
+                fs::write(path.join("cpu.cfs_quota_us"), quota.to_string())
+            }
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.base.join(name)
+    }
+
+    fn limits(&self) -> Vec<&str> {
+        vec![self.kind]
+    }
+
+    fn is_the_sandboxs(&self) -> bool {
+        false
+    }
+}
+
+/// Lets cgroups beneath ours have the controllers that are here; returns which.
+fn enable(root: &Path, base: &Path) -> Vec<&'static str> {
+    let here = |what: &&&str| {
+        let let_have = |path: &&Path| {
+            fs::write(path.join("cgroup.subtree_control"), format!("+{what}")).is_ok()
+        };
+        [root, base].iter().all(let_have)
+    };
+    CONTROLLERS.iter().filter(here).copied().collect()
+}
+
+fn make_folder(path: &Path) -> io::Result<()> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Whether no process is in it, or beneath it where there may be anything beneath.
+fn is_empty(path: &Path) -> bool {
+    match fs::read_to_string(path.join("cgroup.events")) {
+        Ok(events) => events.lines().any(|line| line == "populated 0"),
+        Err(_) => fs::read_to_string(path.join("cgroup.procs")).is_ok_and(|procs| procs.is_empty()),
+    }
+}
+
+/// Removes a cgroup and those beneath it: a cgroup's files go with it.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        entries => entries?,
+    };
+    for entry in entries.flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
