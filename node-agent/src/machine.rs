@@ -216,12 +216,7 @@ impl Machine {
         self.started(run, &assignment, result).await;
     }
 
-    async fn started(
-        &self,
-        run: Run,
-        assignment: &Assignment,
-        result: Result<StartedBy, Failure>,
-    ) {
+    async fn started(&self, run: Run, assignment: &Assignment, result: Result<StartedBy, Failure>) {
         let sandbox = assignment.sandbox;
         let result = result.and_then(|by| Ok((by, self.driver(assignment)?)));
         let input = match result {

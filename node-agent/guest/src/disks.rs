@@ -68,9 +68,8 @@ impl Disks {
             return mount(&disk.to_string_lossy(), target, kind, flags, options);
         }
         fs::create_dir_all(target)?;
-        rustix::mount::mount_bind(disk, target).map_err(|error| {
-            io::Error::other(format!("cannot mount the disk `{serial}`: {error}"))
-        })
+        rustix::mount::mount_bind(disk, target)
+            .map_err(|error| io::Error::other(format!("cannot mount the disk `{serial}`: {error}")))
     }
 
     /// The disk with this serial.

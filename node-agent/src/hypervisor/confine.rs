@@ -85,6 +85,7 @@ pub fn apply(command: &mut Command, rules: Option<RulesetCreated>, limits: Limit
     let confine = move || {
         setsid()?;
         umask(Mode::RWXG | Mode::RWXO);
+        close_the_rest()?;
         limit(Resource::Core, 0)?;
         limit(Resource::Nofile, FILES_MAX)?;
         limit(Resource::Data, limits.data_bytes)?;
@@ -102,6 +103,7 @@ pub fn apply(command: &mut Command, rules: Option<RulesetCreated>, limits: Limit
 }
 
 /// Lets the command's process have one descriptor besides the standard ones, under its number here.
+/// After [`apply`], which takes all others away.
 pub fn inherit(command: &mut Command, fd: OwnedFd) {
     // SAFETY: after fork the closure makes one system call on what it owns.
     unsafe {
@@ -124,6 +126,17 @@ pub fn in_background(command: &mut Command) {
     // SAFETY: after fork the closure makes system calls only.
     unsafe {
         command.pre_exec(background);
+    }
+}
+
+/// Has every descriptor but the standard three end with exec: also those that whoever started the
+/// node agent left open, by mistake, for all its children.
+fn close_the_rest() -> io::Result<()> {
+    const CLOEXEC: u32 = 4;
+    // SAFETY: a plain system call; it closes nothing now.
+    match unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, CLOEXEC) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -158,15 +158,15 @@ impl Qemu {
             None
         };
         let mut limits = limits(&spec);
-        match start {
-            Start::Boot => {}
-            Start::ToBeSaved => {
-                limits.file_bytes = template::SIZE_MAX;
-                confine::in_background(&mut command);
-            }
-            Start::Restore(saved) => confine::inherit(&mut command, saved),
+        if matches!(start, Start::ToBeSaved) {
+            limits.file_bytes = template::SIZE_MAX;
         }
         confine::apply(&mut command, rules, limits);
+        match start {
+            Start::Boot => {}
+            Start::ToBeSaved => confine::in_background(&mut command),
+            Start::Restore(saved) => confine::inherit(&mut command, saved),
+        }
         let child = command.spawn().map_err(|source| HypervisorError::Spawn {
             program: self.program.display().to_string(),
             dir: spec.dir.clone(),

@@ -91,13 +91,21 @@ impl Guest {
     }
 
     /// Boots to the hello.
-    pub(crate) async fn boot_only(driver: &dyn Hypervisor, dir: &Path, layers: Vec<PathBuf>) -> Self {
+    pub(crate) async fn boot_only(
+        driver: &dyn Hypervisor,
+        dir: &Path,
+        layers: Vec<PathBuf>,
+    ) -> Self {
         let vm = driver.boot(&spec(dir, layers)).await.unwrap();
         Self::hello(driver, vm).await
     }
 
     /// Restores from the template of this shape to the hello.
-    pub(crate) async fn restore_only(driver: &dyn Hypervisor, dir: &Path, layers: Vec<PathBuf>) -> Self {
+    pub(crate) async fn restore_only(
+        driver: &dyn Hypervisor,
+        dir: &Path,
+        layers: Vec<PathBuf>,
+    ) -> Self {
         let vm = driver.restore(&spec(dir, layers)).await.unwrap().expect("there is a template");
         Self::hello(driver, vm).await
     }
