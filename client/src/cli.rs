@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn what_is_not_in_this_version_is_refused_as_such() {
-        let cases: [&[&str]; 6] = [
+        let cases: [&[&str]; 5] = [
             &["run", "--reverse", "80", "--", "true"],
             &["run", "--gpus", "1", "--", "true"],
             &["run", "--gpus=1", "--", "true"],

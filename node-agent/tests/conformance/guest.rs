@@ -26,9 +26,32 @@ const MEMORY_MIB: u64 = 320;
 
 /// What the tests run; each is taken from this machine with its libraries.
 const PROGRAMS: [&str; 26] = [
-    "bash", "sh", "cat", "head", "tail", "ls", "id", "stat", "dd", "df", "rm", "mkdir", "sleep",
-    "stty", "tty", "uname", "touch", "mount", "perl", "find", "sort", "env", "mknod", "umount",
-    "seq", "sha256sum",
+    "bash",
+    "sh",
+    "cat",
+    "head",
+    "tail",
+    "ls",
+    "id",
+    "stat",
+    "dd",
+    "df",
+    "rm",
+    "mkdir",
+    "sleep",
+    "stty",
+    "tty",
+    "uname",
+    "touch",
+    "mount",
+    "perl",
+    "find",
+    "sort",
+    "env",
+    "mknod",
+    "umount",
+    "seq",
+    "sha256sum",
 ];
 /// These too, where this machine has them.
 const PROGRAMS_MAYBE: [&str; 2] = ["kmod", "ssh-keygen"];

@@ -1,10 +1,11 @@
-//! The network of a real microVM against a node that the test plays: what the workload's sockets
+//! The network of a real sandbox against a node that the test plays: what the workload's sockets
 //! tell, and bytes both ways, over the real guest link.
 
 use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use towline_node_agent::hypervisor::Hypervisor;
 use towline_proto::frame::FrameKind;
 use towline_proto::v1::egress_open::Target;
 use towline_proto::v1::{
@@ -13,7 +14,7 @@ use towline_proto::v1::{
 };
 use towline_streams::{FrameReader, FrameWriter, Incoming, MuxDriver, MuxRecv, MuxSend};
 
-use crate::guest::{Guest, driver, run_async, vm_dir};
+use crate::guest::{Guest, process, qemu, run_async, vm_dir};
 
 /// What the guest sends: `seq 1 LINES`, some 50 MB.
 const LINES: u32 = 6_500_000;
@@ -21,18 +22,30 @@ const LINES: u32 = 6_500_000;
 type Notes = Arc<Mutex<Vec<EgressOpen>>>;
 
 #[test]
-fn vm_reaches_what_the_node_opens_and_nothing_else() {
+fn qemu_reaches_what_the_node_opens_and_nothing_else() {
     run_async(async {
-        let Some(driver) = driver().await else { return };
-        let (_guard, dir) = vm_dir();
-        let Some(mut guest) = Guest::boot(&driver, &dir).await else { return };
-        let notes = serve(&mut guest);
-        guest.check_device().await;
-        guest.check_truth(&notes).await;
-        guest.check_names(&notes).await;
-        guest.check_bytes().await;
-        guest.check_many().await;
+        let Some(driver) = qemu().await else { return };
+        reaches(&driver).await;
     });
+}
+
+#[test]
+fn process_reaches_what_the_node_opens_and_nothing_else() {
+    run_async(async {
+        let Some(driver) = process() else { return };
+        reaches(&driver).await;
+    });
+}
+
+async fn reaches(driver: &dyn Hypervisor) {
+    let (_guard, dir) = vm_dir();
+    let Some(mut guest) = Guest::boot(driver, &dir).await else { return };
+    let notes = serve(&mut guest);
+    guest.check_device().await;
+    guest.check_truth(&notes).await;
+    guest.check_names(&notes).await;
+    guest.check_bytes().await;
+    guest.check_many().await;
 }
 
 impl Guest {
