@@ -59,7 +59,7 @@ pub(crate) struct Guest {
     pub(crate) capabilities: Capabilities,
     pub(crate) vm: Machine,
     pub(crate) link: GuestLink,
-    pub(crate) next_key: std::cell::Cell<u8>,
+    pub(crate) next_key: std::cell::Cell<u128>,
 }
 
 /// A VM that does not outlive a test that fails.
@@ -170,7 +170,7 @@ impl Guest {
         what: ExecStart,
     ) -> (FrameReader<MuxRecv>, FrameWriter<MuxSend>) {
         self.next_key.set(self.next_key.get() + 1);
-        let exec_id = vec![self.next_key.get(); 16];
+        let exec_id = self.next_key.get().to_le_bytes().to_vec();
         self.open_stream(Kind::Exec(ExecOpen { exec_id, how: Some(How::Start(what)) })).await
     }
 

@@ -132,6 +132,7 @@ impl Guest {
             if let Some(refused) = out.refused {
                 break refused;
             }
+            tokio::time::sleep(Duration::from_millis(10)).await;
         };
         assert_eq!(refused.code(), StreamErrorCode::Limit, "{refused:?}");
         assert!(refused.message.contains("processes"), "{refused:?}");

@@ -63,7 +63,7 @@ impl Doubles {
             version: "1".into(),
             accel: Accel::Tcg,
             accel_reason: String::new(),
-            snapshot: false,
+            snapshot: true,
             hotplug: false,
             gpu: false,
             landlock: false,

@@ -164,15 +164,17 @@ async fn download(
     sink: &mut Sink,
 ) -> Result<(), PullError> {
     let mut failed = 0;
+    // A transfer that begins anew gains nothing before it is past where an earlier one came to.
+    let mut furthest = sink.got;
     while sink.got < blob.size {
-        let before = sink.got;
         let error = match attempt(session, blob, what, line, sink).await {
             Ok(()) => continue,
             Err(error) => error,
         };
-        if sink.got.saturating_sub(before) >= PROGRESS {
+        if sink.got.saturating_sub(furthest) >= PROGRESS {
             failed = 0;
         }
+        furthest = furthest.max(sink.got);
         failed += 1;
         let Some(pause) = error.passing().and_then(|asked| session.pace.pause(failed, asked))
         else {
