@@ -1,7 +1,7 @@
 //! Pulling an image from a registry, by the OCI distribution specification and what docker's
 //! registries do besides.
 //!
-//! In reading order: [`reference`] is what was asked for, [`session`] talks to one registry
+//! In reading order: [`mod@reference`] is what was asked for, [`session`] talks to one registry
 //! (`transport` sends, `reach` says whereto, `challenge` and `token` log in), [`manifest`] chooses
 //! the image, [`blob`] fetches its parts, [`pull`] does all of it. A registry is a stranger: all
 //! that it says is bounded, checked against digests, and followed only where the registry itself
