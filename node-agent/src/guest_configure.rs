@@ -8,7 +8,7 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use sha2::{Digest, Sha256};
 use towline_images::ImageConfig;
 use towline_node_core::Assignment;
-use towline_proto::v1::{GuestConfigure, Isolation};
+use towline_proto::v1::{GuestConfigure, Isolation, SandboxSpec};
 
 use crate::images::Image;
 
@@ -47,7 +47,7 @@ pub fn guest_configure(
         local_image: image.local.is_some(),
         folder: spec.folder.as_ref().map(|folder| folder.path.clone()).unwrap_or_default(),
         user: spec.user.clone(),
-        env: merged(env, &spec.env),
+        env: environment(env, spec),
         cwd: workdir.clone(),
         entrypoint: entrypoint.clone(),
         cmd: cmd.clone(),
@@ -61,6 +61,14 @@ pub fn guest_configure(
         },
         git: spec.git.clone(),
     })
+}
+
+/// The environment of every command. A git that is not the system's own (in /usr/local, say) looks for
+/// the system's configuration, and with it for whose commits are, beside itself.
+fn environment(image: &[Vec<u8>], spec: &SandboxSpec) -> Vec<Vec<u8>> {
+    let git = spec.git.iter().map(|_| b"GIT_CONFIG_SYSTEM=/etc/gitconfig".to_vec());
+    let defaults: Vec<_> = git.chain(image.iter().cloned()).collect();
+    merged(&defaults, &spec.env)
 }
 
 /// The image's environment with the sandbox's over it, each name once.

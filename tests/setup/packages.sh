@@ -8,7 +8,7 @@ set -eu
 # command that proves it : package
 needed="qemu-system-x86_64:qemu-system-x86 mksquashfs:squashfs-tools mke2fs:e2fsprogs depmod:kmod dpkg-deb:dpkg cc:gcc curl:curl"
 case "${1:-}" in
-  test) needed="$needed tmux:tmux unsquashfs:squashfs-tools git:git busybox:busybox-static cpio:cpio skopeo:skopeo docker-registry:docker-registry" ;;
+  test) needed="$needed tmux:tmux unsquashfs:squashfs-tools git:git busybox:busybox-static cpio:cpio ip:iproute2 ssh-agent:openssh-client skopeo:skopeo docker-registry:docker-registry" ;;
   bench) needed="$needed ssh:openssh-client sshd:openssh-server skopeo:skopeo docker-registry:docker-registry" ;;
 esac
 
@@ -16,6 +16,8 @@ missing=""
 for pair in $needed; do
   PATH="$PATH:/usr/sbin:/sbin" command -v "${pair%%:*}" >/dev/null 2>&1 || missing="$missing ${pair#*:}"
 done
+# The network's test downloads a package in a sandbox, with the system's own python.
+[ "${1:-}" != test ] || [ -d /usr/lib/python3/dist-packages/pip ] || missing="$missing python3-pip"
 # The static guest agent needs the static C library, which comes with its headers.
 [ -e /usr/lib/x86_64-linux-gnu/libc.a ] || missing="$missing libc6-dev"
 [ -e /etc/ssl/certs/ca-certificates.crt ] || missing="$missing ca-certificates"
