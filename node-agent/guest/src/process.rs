@@ -145,7 +145,7 @@ fn make_device(folder: &Path, device: &(&str, u32, u32), by_root: bool) -> io::R
             .map_err(|error| at(error.into()))
     } else {
         let hosts = Path::new("/dev").join(name);
-        // Without FUSE there are no local images, without TUN no network; the rest works.
+        // Without FUSE there are no local images; without TUN the guest agent ends and says so.
         if !hosts.exists() {
             return Ok(());
         }
