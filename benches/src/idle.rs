@@ -43,13 +43,14 @@ fn ours(cluster: &Cluster) -> Vec<Process> {
 
 /// Proportional set size of all of them, in KiB.
 pub(crate) fn memory_kib(cluster: &Cluster) -> u64 {
-    let of = |process: &Process| {
-        let path = format!("/proc/{}/smaps_rollup", process.pid);
-        let text = std::fs::read_to_string(path).unwrap_or_default();
-        let line = text.lines().find(|line| line.starts_with("Pss:")).unwrap_or_default();
-        line.split_whitespace().nth(1).and_then(|text| text.parse::<u64>().ok()).unwrap_or(0)
-    };
-    ours(cluster).iter().map(of).sum()
+    ours(cluster).iter().map(|process| pss_kib(process.pid)).sum()
+}
+
+/// Proportional set size of one, in KiB.
+pub(crate) fn pss_kib(pid: i32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap_or_default();
+    let line = text.lines().find(|line| line.starts_with("Pss:")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|text| text.parse().ok()).unwrap_or(0)
 }
 
 /// User and system time of all of them, in clock ticks.

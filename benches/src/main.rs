@@ -5,9 +5,11 @@
 
 mod bare_boot;
 mod cold;
+mod egress;
 mod exec;
 mod idle;
 mod machine;
+mod many;
 mod peer;
 mod pull;
 mod stats;
@@ -38,6 +40,12 @@ struct Args {
     /// Pulls of a fresh image
     #[arg(long, default_value_t = 5)]
     pull_runs: usize,
+    /// Transfers through the node and direct ones, alternating
+    #[arg(long, default_value_t = 7)]
+    egress_runs: usize,
+    /// Idle sandboxes of the `process` driver
+    #[arg(long, default_value_t = 200)]
+    idle_sandboxes: u32,
     /// Write the table into docs/performance.md
     #[arg(long, default_value_t = true, action = clap::ArgAction::Set)]
     write: bool,
@@ -52,10 +60,18 @@ struct Row {
     met: bool,
 }
 
-#[expect(clippy::print_stdout, reason = "the table is what it is for")]
+#[expect(clippy::print_stdout, clippy::print_stderr, reason = "the table is what it is for")]
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let bin_dir = args.bin_dir.canonicalize().context("the folder of the binaries")?;
+    let root = rustix::process::geteuid().is_root();
+    let (egress, many) = if root {
+        let egress = egress::measure(&bin_dir, args.egress_runs)?;
+        (egress, many::measure(&bin_dir, args.idle_sandboxes)?)
+    } else {
+        eprintln!("SKIPPED: the `process` driver's figures need root");
+        Default::default()
+    };
     // Every start is a boot here, and in the other cluster none that can be avoided.
     let pulls = pull::measure(&bin_dir, args.pull_runs)?;
     let cluster = Cluster::prepare_in(&bin_dir).map_err(anyhow::Error::msg)?;
@@ -67,6 +83,8 @@ fn main() -> anyhow::Result<()> {
         throughput::measure(&cluster)?,
         idle::measure(&cluster)?,
         pulls,
+        egress,
+        many,
     ]
     .concat();
     let table = table(&rows);

@@ -40,15 +40,31 @@ struct NodeConfig {
     isolation_process: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     guest_agent: Option<PathBuf>,
+    #[serde(flatten)]
+    offers: Offers,
     // A table: after all else.
     #[serde(skip_serializing_if = "toml::Table::is_empty")]
     egress: toml::Table,
+}
+
+/// What of this machine sandboxes may have together; left out: the node agent's own choice.
+#[derive(Debug, Default, Clone, Copy, Serialize)]
+struct Offers {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpus: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_mib: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk_mib: Option<u64>,
 }
 
 /// The part of a node's configuration that its user writes where there is no other operator.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct UserNodeConfig {
+    cpus: Option<u32>,
+    memory_mib: Option<u64>,
+    disk_mib: Option<u64>,
     /// As the node agent reads it, which also checks it.
     #[serde(default)]
     egress: toml::Table,
@@ -69,6 +85,7 @@ pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
             value.to_string_lossy()
         ),
     };
+    let user = user_node_config(layout)?;
     let node = NodeConfig {
         name: NODE.to_owned(),
         data_dir: layout.node(),
@@ -81,7 +98,8 @@ pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
         warm: env_vars::get(env_vars::TOWLINE_WARM).is_none_or(|value| value != "off"),
         isolation_process,
         guest_agent: env_vars::get(env_vars::TOWLINE_GUEST_AGENT).map(PathBuf::from),
-        egress: user_node_config(layout)?.egress,
+        offers: Offers { cpus: user.cpus, memory_mib: user.memory_mib, disk_mib: user.disk_mib },
+        egress: user.egress,
     };
     store(layout.member_config(), &member)?;
     store(layout.node_config(), &node)?;
@@ -139,11 +157,14 @@ mod tests {
         };
         fs::create_dir(dir.path().join("config")).unwrap();
         let file = layout.user_node_config();
-        fs::write(&file, "[[egress.allow]]\nname = 'mirror.example'\nports = [443]\n").unwrap();
+        let allow = "cpus = 3\n[[egress.allow]]\nname = 'mirror.example'\nports = [443]\n";
+        fs::write(&file, allow).unwrap();
         write(&layout).unwrap();
         let written: toml::Table =
             fs::read_to_string(layout.node_config()).unwrap().parse().unwrap();
         assert_eq!(written["egress"]["allow"][0]["name"].as_str(), Some("mirror.example"));
+        assert_eq!(written["cpus"].as_integer(), Some(3));
+        assert!(!written.contains_key("memory_mib"), "{written}");
         assert_eq!(written["name"].as_str(), Some(NODE));
         fs::write(&file, "data_dir = '/elsewhere'").unwrap();
         let error = write(&layout).unwrap_err().to_string();

@@ -93,11 +93,12 @@ impl Cluster {
         self
     }
 
-    /// Writes what sandboxes may reach beyond their policy; read when the cluster comes up.
-    pub fn allow(&self, rules: &str) {
+    /// Writes what its user says of the node: what it offers, what sandboxes may reach beyond their
+    /// policy. Read when the cluster comes up.
+    pub fn configure_node(&self, text: &str) {
         let folder = self.root().join("config/towline");
         std::fs::create_dir_all(&folder).expect("a folder");
-        std::fs::write(folder.join("node-agent.toml"), rules).expect("a file");
+        std::fs::write(folder.join("node-agent.toml"), text).expect("a file");
     }
 
     /// The temporary folder that holds everything.

@@ -8,6 +8,8 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use sha2::{Digest, Sha256};
+
 use crate::Cluster;
 
 /// What is there at one moment.
@@ -34,7 +36,8 @@ impl Leftovers {
                 found.insert(format!("loop device {} of {}", device.display(), file.trim()));
             }
         }
-        cgroups(Path::new("/sys/fs/cgroup"), ids, 6, &mut found);
+        let names = ids.iter().flat_map(|id| [id.clone(), cgroup_of(cluster, id)]).collect();
+        cgroups(Path::new("/sys/fs/cgroup"), &names, 6, &mut found);
         for base in ["data", "state", "run", "config"] {
             files(&cluster.root().join(base), cluster.root(), &mut found);
         }
@@ -71,14 +74,21 @@ fn entries(folder: &Path) -> Vec<std::path::PathBuf> {
     fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
 }
 
-fn cgroups(folder: &Path, ids: &BTreeSet<String>, depth: u32, found: &mut BTreeSet<String>) {
+/// Name of a `process` sandbox's cgroups: of its folder on the node.
+fn cgroup_of(cluster: &Cluster, id: &str) -> String {
+    let folder = cluster.root().join("data/towline/node/sandboxes").join(id).join("vm");
+    let digest = Sha256::digest(folder.as_os_str().as_encoded_bytes());
+    digest[..10].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn cgroups(folder: &Path, names: &BTreeSet<String>, depth: u32, found: &mut BTreeSet<String>) {
     for path in entries(folder).into_iter().filter(|path| path.is_dir() && !path.is_symlink()) {
         let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
-        if name.is_some_and(|name| ids.iter().any(|id| name.contains(id.as_str()))) {
+        if name.is_some_and(|name| names.iter().any(|known| name.contains(known.as_str()))) {
             found.insert(format!("cgroup {}", path.display()));
         }
         if depth > 0 {
-            cgroups(&path, ids, depth - 1, found);
+            cgroups(&path, names, depth - 1, found);
         }
     }
 }

@@ -5,6 +5,7 @@
 //! to that cluster's folders. Every wait has a bound and says what it waited for.
 
 pub mod cluster;
+pub mod http;
 pub mod leftovers;
 pub mod moments;
 pub mod oci;
@@ -12,6 +13,7 @@ pub mod process;
 pub mod registry;
 pub mod run;
 pub mod terminal;
+pub mod wire;
 
 pub use cluster::Cluster;
 pub use run::{Finished, Running};

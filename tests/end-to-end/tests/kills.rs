@@ -70,15 +70,24 @@ fn listed(cluster: &Cluster) -> Option<Vec<(String, String)>> {
     })
 }
 
-/// Creates, stops and removes sandboxes until told to end; notes each answer.
+/// Creates, stops and removes sandboxes until told to end; notes each answer. What a kill left in
+/// between is removed before the next one is made, so that the machine does not fill up.
 fn load(cluster: &Cluster, worker: u32, over: &AtomicBool, told: &Mutex<Acknowledged>) {
     let note = |name: &str, what| {
         told.lock().unwrap().insert(name.to_owned(), what);
     };
+    let mut unknown: Vec<String> = Vec::new();
     for number in 0.. {
         if over.load(Ordering::SeqCst) {
             return;
         }
+        unknown.retain(|name| {
+            let done = cluster.tow(["rm", name]).finish(BOOT);
+            if done.code == 0 {
+                note(name, Some("gone"));
+            }
+            done.code != 0 && !done.err().contains("there is no sandbox")
+        });
         let name = format!("load-{worker}-{number}");
         let shape = ["--cpus", "1", "--memory", "256MiB", "--disk", "1GiB"];
         let steps: [(Vec<&str>, &'static str); 3] = [
@@ -91,6 +100,7 @@ fn load(cluster: &Cluster, worker: u32, over: &AtomicBool, told: &Mutex<Acknowle
             let done = cluster.tow(&arguments).finish(BOOT);
             if done.code != 0 {
                 // The fate of this one is unknown: that is what the answer said.
+                unknown.push(name.clone());
                 break;
             }
             note(&name, Some(outcome));

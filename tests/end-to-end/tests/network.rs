@@ -3,11 +3,12 @@
 #![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
-use towline_end_to_end::cluster::{BOOT, SHORT, in_path};
+use towline_end_to_end::cluster::{BOOT, SHORT};
 use towline_end_to_end::run::wait_for;
+use towline_end_to_end::wire::{Side, Wire};
 use towline_end_to_end::{Cluster, Running, skipped};
 
 /// Tries to reach every address of argv\[1..\] by TCP, UDP and raw packets; prints what connected.
@@ -43,106 +44,32 @@ const LOOPBACK: &[&str] = &[
 ];
 const PORT: u16 = 7777;
 
-/// Two network namespaces and a wire between them, gone when dropped.
-struct Wire {
-    node: String,
-    other: String,
-    watchers: Vec<Child>,
-}
-
-impl Wire {
-    fn new() -> Result<Self, String> {
-        if !rustix::process::geteuid().is_root() {
-            return Err("network namespaces need root".into());
-        }
-        for tool in ["ip", "nsenter", "python3"] {
-            if !in_path(tool) {
-                return Err(format!("`{tool}` is not installed"));
-            }
-        }
-        let id = std::process::id();
-        let wire =
-            Self { node: format!("tow-n{id}"), other: format!("tow-o{id}"), watchers: Vec::new() };
-        let (node, other) = (wire.node.clone(), wire.other.clone());
-        ip(&["netns", "add", &node])?;
-        ip(&["netns", "add", &other])?;
-        ip(&[
-            "-n", &node, "link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns",
-            &other,
-        ])?;
-        for (netns, own) in [(&node, OWN), (&other, FORBIDDEN)] {
-            ip(&["-n", netns, "link", "set", "lo", "up"])?;
-            ip(&["-n", netns, "link", "set", "wire", "up"])?;
-            let public = if netns == &other { Some(&PUBLIC) } else { None };
-            for address in own.iter().chain(public) {
-                let length = if address.contains(':') { 64 } else { 24 };
-                let address = format!("{address}/{length}");
-                let mut add = vec!["-n", netns, "address", "add", &address, "dev", "wire"];
-                if address.contains(':') {
-                    add.push("nodad");
-                }
-                ip(&add)?;
-            }
-        }
-        // The node has a way to each of them: only its policy stands between.
-        for address in FORBIDDEN.iter().filter(|address| !address.contains(':')) {
-            let _ = ip(&["-n", &node, "route", "add", &format!("{address}/32"), "dev", "wire"]);
-        }
-        Ok(wire)
-    }
-
-    /// Starts a watcher in a namespace; what it saw goes into the file.
-    fn watch(&mut self, netns: &str, device: &str, file: &Path) {
-        let out = std::fs::File::create(file).unwrap();
-        let child = Command::new("nsenter")
-            .arg(format!("--net=/run/netns/{netns}"))
-            .args(["--", "python3", "-c", WATCH, device, &PORT.to_string()])
-            .stdout(out)
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        self.watchers.push(child);
-        wait_for("a watcher to listen", SHORT, || {
-            let text = std::fs::read_to_string(file).unwrap_or_default();
-            text.lines().any(|line| line == "ready").then_some(())
-        });
-    }
-}
-
-impl Drop for Wire {
-    fn drop(&mut self) {
-        for watcher in &mut self.watchers {
-            let _ = watcher.kill();
-            let _ = watcher.wait();
-        }
-        for netns in [&self.node, &self.other] {
-            let _ = ip(&["netns", "delete", netns]);
-        }
-    }
-}
-
-fn ip(arguments: &[&str]) -> Result<(), String> {
-    let done = Command::new("ip").args(arguments).output().map_err(|e| e.to_string())?;
-    if done.status.success() {
-        return Ok(());
-    }
-    Err(format!("ip {arguments:?}: {}", String::from_utf8_lossy(&done.stderr)))
+/// Starts a watcher in a namespace; what it saw goes into the file.
+fn watch(wire: &mut Wire, netns: Side, device: &str, file: &Path) {
+    let out = std::fs::File::create(file).unwrap();
+    let mut watcher = wire.command(netns, "python3");
+    watcher.args(["-c", WATCH, device, &PORT.to_string()]);
+    wire.serve(watcher.stdout(out));
+    wait_for("a watcher to listen", SHORT, || {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        text.lines().any(|line| line == "ready").then_some(())
+    });
 }
 
 #[test]
 fn root_in_the_guest_reaches_nothing_that_it_must_not() {
-    let mut wire = match Wire::new() {
+    let far: Vec<_> = FORBIDDEN.iter().copied().chain([PUBLIC]).collect();
+    let mut wire = match Wire::new(OWN, &far) {
         Ok(wire) => wire,
         Err(why) => skipped!("{why}"),
     };
     let cluster = match Cluster::prepare() {
-        Ok(cluster) => cluster.within(&wire.node),
+        Ok(cluster) => cluster.within(wire.name(Side::Node)),
         Err(why) => skipped!("{why}"),
     };
     let [far, near] = ["far", "near"].map(|name| cluster.root().join(name));
-    let (node, other) = (wire.node.clone(), wire.other.clone());
-    wire.watch(&other, "wire", &far);
-    wire.watch(&node, "lo", &near);
+    watch(&mut wire, Side::Far, Wire::DEVICE, &far);
+    watch(&mut wire, Side::Node, "lo", &near);
     cluster.tow(["up", "--detach"]).finish(BOOT).ok();
     for policy in ["public", "none"] {
         let folder = cluster.folder(policy);
@@ -216,7 +143,7 @@ fn a_package_comes_where_the_registry_is_allowed_and_the_rule_is_named_where_it_
         .iter()
         .map(|name| format!("[[egress.allow]]\nname = \"{name}\"\nports = [443]\n"))
         .collect();
-    cluster.allow(&rules);
+    cluster.configure_node(&rules);
     cluster.tow(["up", "--detach"]).finish(BOOT).ok();
     let folder = cluster.folder("pip");
     let run = |policy: &str| {

@@ -10,28 +10,9 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use towline_end_to_end::cluster::{BOOT, SHORT};
+use towline_end_to_end::http::{SERVER, get};
 use towline_end_to_end::run::wait_for;
 use towline_end_to_end::{Cluster, skipped};
-
-/// One request; `None` while nobody answers it whole.
-fn get(address: &str, path: &str) -> Option<Vec<u8>> {
-    let mut stream = TcpStream::connect(address).ok()?;
-    stream.set_read_timeout(Some(SHORT)).ok()?;
-    write!(stream, "GET {path} HTTP/1.0\r\n\r\n").ok()?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer).ok()?;
-    let body = answer.windows(4).position(|w| w == b"\r\n\r\n")? + 4;
-    answer.starts_with(b"HTTP/1.0 200").then(|| answer.split_off(body))
-}
-
-/// A server that closes each connection in order, whatever the load.
-const SERVER: &str = r"
-import http.server, socketserver
-class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
-    request_queue_size = 1024
-    daemon_threads = True
-Server(('127.0.0.1', 8080), http.server.SimpleHTTPRequestHandler).serve_forever()
-";
 
 fn port_of(object: &serde_json::Value) -> u16 {
     let port = object["ports"][0]["host_port"].as_u64().unwrap_or_else(|| panic!("{object}"));

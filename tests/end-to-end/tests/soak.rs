@@ -17,28 +17,46 @@ const DAEMON: &[&str] = &["tow", "daemon"];
 const QEMU: &[&str] = &["qemu-system"];
 const SHAPE: &[&str] = &["--cpus", "1", "--memory", "256MiB", "--disk", "1GiB"];
 
+/// In the command line of the process that is a sandbox, by isolation.
+const ISOLATIONS: [(&str, &[&str]); 2] = [("vm", QEMU), ("process", PROCESS)];
+const PROCESS: &[&str] = &["towline-process-sandbox"];
+
 #[test]
 fn kill_of_anything_leaves_nothing_behind() {
-    let cluster = match Cluster::up() {
-        Ok(cluster) => cluster,
+    leaves_nothing_behind(0);
+}
+
+#[test]
+fn kill_of_anything_leaves_nothing_of_process_sandboxes_behind() {
+    if !rustix::process::geteuid().is_root() {
+        skipped!("the `process` driver needs root");
+    }
+    leaves_nothing_behind(1);
+}
+
+fn leaves_nothing_behind(isolation: usize) {
+    let (isolation, sandbox) = ISOLATIONS[isolation];
+    let cluster = match Cluster::prepare() {
+        Ok(cluster) => cluster.with("TOWLINE_ISOLATION_PROCESS", "1"),
         Err(why) => skipped!("{why}"),
     };
-    let mut soak = Soak::new(&cluster);
+    cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+    let mut soak = Soak::new(&cluster, isolation);
     // Once without faults: what a first use leaves (a daemon, its lock) is no leftover.
     soak.round(0, &[]);
     let before = Leftovers::look(&cluster, &soak.ids);
     let rounds = kills(5);
     for round in 1..=rounds {
         let victims: &[&[&str]] = match round % 5 {
-            0 => &[NODE_AGENT, QEMU],
+            0 => &[NODE_AGENT, sandbox],
             1 => &[NODE_AGENT],
-            2 => &[QEMU],
+            2 => &[sandbox],
             3 => &[DAEMON],
             _ => &[NODE_AGENT, DAEMON],
         };
         soak.round(round, victims);
         if round.is_multiple_of(10) || round == rounds {
-            soak.check_what_runs();
+            soak.check_what_runs(sandbox);
             soak.remove_all();
         }
     }
@@ -49,21 +67,23 @@ fn kill_of_anything_leaves_nothing_behind() {
 
 struct Soak<'c> {
     cluster: &'c Cluster,
+    isolation: &'static str,
     moments: Moments,
     ids: BTreeSet<String>,
     killed: u32,
 }
 
 impl<'c> Soak<'c> {
-    fn new(cluster: &'c Cluster) -> Self {
-        Self { cluster, moments: Moments::default(), ids: BTreeSet::new(), killed: 0 }
+    fn new(cluster: &'c Cluster, isolation: &'static str) -> Self {
+        Self { cluster, isolation, moments: Moments::default(), ids: BTreeSet::new(), killed: 0 }
     }
 
     /// Creates, uses, stops (every other time) and removes one sandbox; kills while one of these is
     /// under way. A step may fail by a kill, with a reason; removal must succeed.
     fn round(&mut self, round: u32, victims: &[&[&str]]) {
         let name = format!("soak-{round}");
-        let create = [&["create", "--no-sync", "--name", &name][..], SHAPE].concat();
+        let create = ["create", "--no-sync", "--name", &name, "--isolation", self.isolation];
+        let create = [&create[..], SHAPE].concat();
         let used = ["exec", "--no-sync", &name, "--", "sh", "-c", "echo used"];
         let steps: [&[&str]; 3] = [&create, &used, &["stop", &name]];
         let when = self.moments.below(4);
@@ -126,8 +146,8 @@ impl<'c> Soak<'c> {
         }
     }
 
-    /// What is said to run has a VM, and no other VM runs.
-    fn check_what_runs(&self) {
+    /// What is said to run has its process, and nothing else runs.
+    fn check_what_runs(&self, sandbox: &[&str]) {
         wait_for("`tow ls` to say what runs", SHORT, || {
             let all = self.cluster.json(["ls", "--json"]);
             let said: BTreeSet<String> = all
@@ -139,7 +159,7 @@ impl<'c> Soak<'c> {
                 .cluster
                 .processes()
                 .iter()
-                .filter(|process| process.command_line.contains("qemu-system"))
+                .filter(|process| process.command_line.contains(sandbox[0]))
                 .filter_map(|process| id_in(&process.command_line))
                 .collect();
             (said == runs).then_some(())

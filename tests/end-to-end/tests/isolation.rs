@@ -1,0 +1,197 @@
+//! What `tow` shows of a sandbox, whichever its isolation: files, ports, what it reaches, stop, start,
+//! and what dies. What a driver is asked on its own is in the node agent's conformance suite.
+#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
+
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde_json::Value;
+use towline_end_to_end::cluster::{BOOT, SHORT};
+use towline_end_to_end::http::{SERVER, get};
+use towline_end_to_end::run::wait_for;
+use towline_end_to_end::{Cluster, Finished, skipped};
+
+/// One isolation.
+struct Kind {
+    name: &'static str,
+    /// In the command line of the process that is the sandbox.
+    process: &'static str,
+    own_kernel: bool,
+}
+
+#[test]
+fn a_vm_is_what_a_sandbox_is() {
+    is_a_sandbox(Kind { name: "vm", process: "qemu-system", own_kernel: true });
+}
+
+#[test]
+fn processes_are_what_a_sandbox_is() {
+    if !rustix::process::geteuid().is_root() {
+        skipped!("the `process` driver needs root");
+    }
+    let process = "towline-process-sandbox";
+    is_a_sandbox(Kind { name: "process", process, own_kernel: false });
+}
+
+fn is_a_sandbox(kind: Kind) {
+    let cluster = match Cluster::prepare() {
+        Ok(cluster) => cluster.with("TOWLINE_ISOLATION_PROCESS", "1"),
+        Err(why) => skipped!("{why}"),
+    };
+    cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+    let folder = cluster.folder(kind.name);
+    std::fs::write(folder.join("hello"), "hello").unwrap();
+    let sandbox = Sandbox { cluster: &cluster, kind, folder };
+    sandbox.check_shown();
+    sandbox.check_files();
+    sandbox.check_ports();
+    sandbox.check_egress();
+    sandbox.check_node_agent_killed();
+    sandbox.check_stop_and_start();
+    sandbox.check_killed();
+    sandbox.check_removed();
+}
+
+struct Sandbox<'c> {
+    cluster: &'c Cluster,
+    kind: Kind,
+    folder: PathBuf,
+}
+
+impl Sandbox<'_> {
+    fn run(&self, script: &str) -> Finished {
+        let run = ["run", "--name", "it", "--isolation", self.kind.name, "--", "sh", "-c", script];
+        self.cluster.tow_in(&self.folder, run).finish(BOOT)
+    }
+
+    fn inspect(&self) -> Value {
+        self.cluster.inspect("it")
+    }
+
+    fn check_shown(&self) {
+        let done = self.run("pwd; uname -r; id -un; echo err >&2; exit 7").expect(7);
+        let out = done.out();
+        let lines: Vec<_> = out.lines().collect();
+        assert_eq!(Path::new(lines[0]), self.folder.canonicalize().unwrap());
+        let here = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        assert_eq!(lines[1] != here.trim(), self.kind.own_kernel, "{out}");
+        let shown = self.inspect();
+        assert!(shown["isolation"].as_str().unwrap().starts_with(self.kind.name), "{shown}");
+        let all = self.cluster.tow(["ls"]).finish(SHORT).ok().out();
+        assert!(all.contains(self.kind.name), "{all}");
+        let other = if self.kind.own_kernel { "process" } else { "vm" };
+        let run = ["run", "--name", "it", "--isolation", other, "--", "true"];
+        let refused = self.cluster.tow_in(&self.folder, run).finish(SHORT);
+        assert_eq!(refused.code, 125, "never the other one: {}", refused.err());
+    }
+
+    /// In before the command starts, back before the prompt returns.
+    fn check_files(&self) {
+        let at = |name: &str| self.folder.join(name);
+        std::fs::create_dir(at("tree")).unwrap();
+        std::fs::write(at("tree/from-here"), vec![7; 3_000_000]).unwrap();
+        std::os::unix::fs::symlink("from-here", at("tree/link")).unwrap();
+        let script = "cmp tree/from-here tree/link && stat -c %s tree/from-here && \
+                      mkdir out && head -c 2000000 tree/from-here > out/from-there && \
+                      ln -s from-there out/link && rm tree/link";
+        assert_eq!(self.run(script).ok().out(), "3000000");
+        assert_eq!(std::fs::read(at("out/from-there")).unwrap(), vec![7; 2_000_000]);
+        assert_eq!(std::fs::read_link(at("out/link")).unwrap(), Path::new("from-there"));
+        assert!(!at("tree/link").is_symlink(), "what is removed there is removed here");
+    }
+
+    fn check_ports(&self) {
+        let serve = ["exec", "--no-sync", "-d", "it", "--", "python3", "-c", SERVER];
+        self.cluster.tow_in(&self.folder, serve).finish(SHORT).ok();
+        let published = self.cluster.json(["ports", "--json", "it", "--publish", "8080"]);
+        let port = published.iter().find_map(|port| port["published"][0]["host_port"].as_u64());
+        let port = port.unwrap_or_else(|| panic!("{published:?}"));
+        for host in ["127.0.0.1", "[::1]"] {
+            if TcpListener::bind(format!("{host}:0")).is_err() {
+                continue;
+            }
+            let address = format!("{host}:{port}");
+            wait_for("the server in the sandbox", SHORT, || {
+                get(&address, "/hello").filter(|body| body == b"hello")
+            });
+        }
+    }
+
+    /// The node's loopback hears nothing of it, and the rule is named.
+    fn check_egress(&self) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let heard = Arc::new(AtomicU64::new(0));
+        let counts = Arc::clone(&heard);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let read = stream.unwrap().read(&mut [0; 64]).unwrap_or(0);
+                counts.fetch_add(1 + read as u64, Ordering::SeqCst);
+            }
+        });
+        // The guest has a loopback of its own; `localhost` of the node is meant by other notations.
+        let script = format!(
+            "for to in 0.0.0.0 ::ffff:127.0.0.1 10.1.2.3 169.254.169.254; do \
+             timeout 20 bash -c \"echo x > /dev/tcp/$to/{port}\" 2>&1 | tail -n 1; done"
+        );
+        let said = self.run(&script).out();
+        assert_eq!(said.matches("refused").count(), 4, "{said}");
+        assert_eq!(heard.load(Ordering::SeqCst), 0);
+        let why = self.cluster.json(["why", "--json", "it"]).remove(0);
+        let blocked = why["blocked"].as_array().unwrap();
+        for (target, rule) in
+            [("10.1.2.3", "private 10.0.0.0/8"), ("169.254.169.254", "metadata 169.254.169.254/32")]
+        {
+            let named = |one: &Value| one["target"] == target && one["rule"] == rule;
+            assert!(blocked.iter().any(named), "{target}: {why}");
+        }
+    }
+
+    fn check_node_agent_killed(&self) {
+        let count = "i=0; while [ $i -lt 200 ]; do echo line $i; i=$((i+1)); sleep 0.02; done";
+        let exec = ["exec", "--no-sync", "it", "--", "sh", "-c", count];
+        let running = self.cluster.tow(exec);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        self.cluster.process(&["towline-node-agent", "--config"]).kill();
+        let done = running.finish(BOOT).ok();
+        let wanted: Vec<_> = (0..200).map(|number| format!("line {number}")).collect();
+        assert_eq!(done.out(), wanted.join("\n"));
+    }
+
+    fn check_stop_and_start(&self) {
+        self.run("echo kept > /var/tmp/kept").ok();
+        let process = self.cluster.process(&[self.kind.process]);
+        self.cluster.tow(["stop", "it"]).finish(BOOT).ok();
+        wait_for("its end", SHORT, || (!process.alive()).then_some(()));
+        assert_eq!(self.inspect()["phase"], "stopped");
+        self.cluster.tow(["start", "it"]).finish(BOOT).ok();
+        assert_eq!(self.run("cat /var/tmp/kept").ok().out(), "kept");
+    }
+
+    fn check_killed(&self) {
+        let exec = ["exec", "--no-sync", "it", "--", "sh", "-c", "echo on; sleep 1000"];
+        let running = self.cluster.tow(exec);
+        std::thread::sleep(std::time::Duration::from_secs(1));
+        self.cluster.process(&[self.kind.process]).kill();
+        let done = running.finish(SHORT).expect(125);
+        for said in ["sandbox it is stopped", "tow start it"] {
+            assert!(done.err().contains(said), "{said} is not in: {}", done.err());
+        }
+        self.cluster.tow(["start", "it"]).finish(BOOT).ok();
+        assert_eq!(self.run("cat /var/tmp/kept").ok().out(), "kept");
+    }
+
+    fn check_removed(&self) {
+        self.cluster.tow(["rm", "it"]).finish(BOOT).ok();
+        let gone = || self.cluster.find(&[self.kind.process]).is_none();
+        wait_for("its end", SHORT, || gone().then_some(()));
+        let root = self.cluster.root().display().to_string();
+        wait_for("its mounts' end", SHORT, || {
+            let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+            (!mounts.contains(&format!("{root}/data/towline/node/sandboxes"))).then_some(())
+        });
+    }
+}
