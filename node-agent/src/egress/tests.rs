@@ -293,6 +293,8 @@ async fn datagrams_come_back_and_a_refusal_is_told() {
 
 #[tokio::test]
 async fn connections_are_bounded_and_end_with_the_gate() {
+    // An ordinary user's shell allows fewer descriptors than both ends of all of them need.
+    crate::capacity::sockets_max();
     let (listener, port) = listener("127.0.0.1:0").await;
     let accept = tokio::spawn(async move {
         let mut held: Vec<(tokio::net::TcpStream, SocketAddr)> = Vec::new();

@@ -63,6 +63,12 @@ impl Cluster {
         self
     }
 
+    /// Allows sandboxes of this isolation. `process` needs root.
+    #[must_use]
+    pub fn allowing(self, isolation: &str) -> Self {
+        if isolation == "process" { self.with("TOWLINE_ISOLATION_PROCESS", "1") } else { self }
+    }
+
     /// Gives it an image store of its own, which begins empty; guest kernels stay the caller's.
     #[track_caller]
     pub fn with_own_images(mut self) -> Self {

@@ -38,7 +38,7 @@ fn processes_are_what_a_sandbox_is() {
 
 fn is_a_sandbox(kind: Kind) {
     let cluster = match Cluster::prepare() {
-        Ok(cluster) => cluster.with("TOWLINE_ISOLATION_PROCESS", "1"),
+        Ok(cluster) => cluster.allowing(kind.name),
         Err(why) => skipped!("{why}"),
     };
     cluster.tow(["up", "--detach"]).finish(BOOT).ok();

@@ -37,7 +37,7 @@ fn kill_of_anything_leaves_nothing_of_process_sandboxes_behind() {
 fn leaves_nothing_behind(isolation: usize) {
     let (isolation, sandbox) = ISOLATIONS[isolation];
     let cluster = match Cluster::prepare() {
-        Ok(cluster) => cluster.with("TOWLINE_ISOLATION_PROCESS", "1"),
+        Ok(cluster) => cluster.allowing(isolation),
         Err(why) => skipped!("{why}"),
     };
     cluster.tow(["up", "--detach"]).finish(BOOT).ok();

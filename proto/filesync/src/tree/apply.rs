@@ -211,6 +211,10 @@ impl Stage {
                 "a file that changed while it was replaced could not be put back and lies in `{place}`"
             )));
         }
+        self.clear()
+    }
+
+    fn clear(&self) -> io::Result<()> {
         let all = self.root.fd.as_fd();
         let stage = sys::openat(
             all,
@@ -412,6 +416,15 @@ impl Stage {
                 empty(&fd);
                 let _ = sys::unlinkat(all, name, AtFlags::REMOVEDIR);
             }
+        }
+    }
+}
+
+impl Drop for Stage {
+    /// A session that was cut leaves nothing behind either, but what could not be put back.
+    fn drop(&mut self) {
+        if !self.stray {
+            let _ = self.clear();
         }
     }
 }

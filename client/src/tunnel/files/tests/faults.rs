@@ -92,6 +92,14 @@ async fn cut_and_repair(bytes: u64, up: bool, direction: Direction) {
     assert_eq!((rest.came_down, rest.went_up, rest.conflicts.len()), (0, 0, 0), "{rest:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_after_the_last_byte_leaves_no_stage_behind() {
+    // Where exactly depends on the numbers of this run: around the whole scenario's bytes.
+    for bytes in (417_000..420_000).step_by(300) {
+        cut_and_repair(bytes, false, Direction::Down).await;
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
