@@ -7,7 +7,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 GUEST_TRIPLE := x86_64-unknown-linux-gnu
 BINARIES := -p towline-client -p towline-control-plane -p towline-node-agent
 
-.PHONY: help setup build release guest kernel demo test lint docs unit soak sim fuzz bench clean
+.PHONY: help setup build release guest kernel demo test test-nested lint docs unit soak sim fuzz bench clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +49,10 @@ unit: build kernel
 test: ## Install what tests need, lint, build and run every test
 	@tests/setup/packages.sh test
 	@$(MAKE) --no-print-directory lint docs unit
+
+test-nested: build kernel ## Test with a real Cloud Hypervisor (TOWLINE_CLOUD_HYPERVISOR), nested
+	@tests/setup/packages.sh test
+	@tests/nested/run.sh $(TARGET)/debug
 
 sim: ## Run many seeds of the simulator
 	TOWLINE_SIM_SEEDS=$${TOWLINE_SIM_SEEDS:-2000} cargo nextest run --release -p towline-simulator

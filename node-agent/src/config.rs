@@ -10,6 +10,7 @@ use serde::Deserialize;
 use towline_link::identity::check_name;
 
 use crate::egress::rules::{self, OperatorRules, RuleText};
+use crate::hypervisor::cloud_hypervisor;
 use crate::hypervisor::qemu::AccelChoice;
 
 /// Names the static guest agent when the file does not.
@@ -31,6 +32,8 @@ const KEYS: &[&str] = &[
     "cpus",
     "disk_mib",
     "accel",
+    "vmm",
+    "cloud_hypervisor",
     "guest_console",
     "warm",
     "private_registries",
@@ -109,6 +112,10 @@ pub struct Config {
     pub disk_mib: Option<u64>,
     /// KVM or emulation.
     pub accel: AccelChoice,
+    /// What runs VMs.
+    pub vmm: VmmChoice,
+    /// The Cloud Hypervisor to use.
+    pub cloud_hypervisor: Option<PathBuf>,
     /// Keeps each guest's console in a file, for debugging.
     pub guest_console: bool,
     /// Keeps guests that have booted as templates, and starts from them (the default).
@@ -120,6 +127,18 @@ pub struct Config {
     pub egress: OperatorRules,
     /// Allows `--isolation process` here: sandboxes that share this machine's kernel.
     pub isolation_process: bool,
+}
+
+/// How `vmm` is set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum VmmChoice {
+    /// Cloud Hypervisor where it is installed and a guest was seen to run under it, else QEMU.
+    #[default]
+    Auto,
+    /// QEMU.
+    Qemu,
+    /// Cloud Hypervisor or nothing.
+    CloudHypervisor,
 }
 
 #[derive(Default, Deserialize)]
@@ -145,6 +164,8 @@ struct File {
     cpus: Option<u32>,
     disk_mib: Option<u64>,
     accel: Option<String>,
+    vmm: Option<String>,
+    cloud_hypervisor: Option<PathBuf>,
     #[serde(default)]
     guest_console: bool,
     warm: Option<bool>,
@@ -204,6 +225,17 @@ impl Config {
                     )));
                 }
             },
+            vmm: match file.vmm.as_deref() {
+                None | Some("auto") => VmmChoice::Auto,
+                Some("qemu") => VmmChoice::Qemu,
+                Some("cloud-hypervisor") => VmmChoice::CloudHypervisor,
+                Some(other) => {
+                    return Err(value(format!(
+                        "`vmm` is `{other}`; auto, qemu or cloud-hypervisor is expected"
+                    )));
+                }
+            },
+            cloud_hypervisor: file.cloud_hypervisor.or_else(cloud_hypervisor::find_program),
             guest_console: file.guest_console,
             warm: file.warm.unwrap_or(true),
             private_registries: file.private_registries,
@@ -289,6 +321,7 @@ mod tests {
     fn mistakes_are_named() {
         assert!(error("memry_mib = 1").contains("did you mean `memory_mib`?"));
         assert!(error("accel = \"xen\"").contains("auto, kvm or tcg"));
+        assert!(error("vmm = \"xen\"").contains("auto, qemu or cloud-hypervisor"));
         assert!(error("link_listen = \"here\"").contains("`link_listen` is `here`"));
         assert!(error("cpus = \"two\"").contains("cpus"));
         assert!(error("egress.alow = []").contains("did you mean `allow`?"));

@@ -19,7 +19,7 @@ use towline_streams::{
     FrameReader, FrameWriter, Incoming, Marker, MuxDriver, MuxHandle, MuxRecv, MuxSend, Priority,
 };
 
-use crate::hypervisor::{LINK_SOCKET, Vm, VmExit, connect};
+use crate::hypervisor::{Vm, VmExit};
 
 /// How often the socket of a VMM that is just starting is tried.
 const RETRY: Duration = Duration::from_millis(2);
@@ -149,7 +149,7 @@ impl GuestLink {
     ) -> Result<Self, GuestLinkError> {
         waiting.now_for("the VM to open its guest link's socket");
         let socket = loop {
-            match connect(vm.dir(), LINK_SOCKET).await {
+            match vm.open_link().await {
                 Ok(socket) => break socket,
                 Err(_) => sleep(RETRY).await,
             }

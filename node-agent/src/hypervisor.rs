@@ -4,7 +4,9 @@
 //! A VM is one process in a session of its own: it outlives the node agent, and a restarted node
 //! agent adopts it by (boot id, pid, start time, executable) or by the directory that it runs in.
 
+pub mod cloud_hypervisor;
 pub mod confine;
+mod probe;
 pub mod process;
 mod processes;
 pub mod qemu;
@@ -20,8 +22,8 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use towline_proto::v1::Isolation;
 
-pub(crate) use vm::{VMM, connect};
-pub use vm::{Vm, VmExit, VmIdentity};
+pub(crate) use vm::connect;
+pub use vm::{Vm, VmExit, VmIdentity, Vmm};
 
 /// Most layer disks that one VM can have: the tail of a longer image is squashed into one.
 pub const LAYER_DISKS_MAX: usize = 16;
@@ -162,7 +164,7 @@ impl Accel {
 /// What a hypervisor can do on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Capabilities {
-    /// `qemu`, `process`.
+    /// `qemu`, `cloud-hypervisor`, `process`.
     pub driver: &'static str,
     /// What keeps a sandbox from this machine.
     pub isolation: Isolation,
@@ -209,11 +211,31 @@ impl Capabilities {
 #[derive(Debug, thiserror::Error)]
 pub enum HypervisorError {
     /// The program is not there, or does not say its version.
-    #[error("could not run `{program}`: {problem}; install it (Debian: qemu-system-x86)")]
+    #[error("could not run `{program}`: {problem}; {hint}")]
     Missing {
         /// What was looked for.
         program: String,
         /// What happened.
+        problem: String,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The program is none that this node agent was made for.
+    #[error("`{program}` cannot be used: {problem}")]
+    Version {
+        /// The program.
+        program: String,
+        /// Which it is, and which would be right.
+        problem: String,
+    },
+    /// A VMM refused an order.
+    #[error("the VMM in `{dir}` refused {order}: {problem}")]
+    Refused {
+        /// The VM's directory.
+        dir: PathBuf,
+        /// What it was told.
+        order: &'static str,
+        /// What it said.
         problem: String,
     },
     /// An ordinary user asks for what only root may do.

@@ -49,7 +49,7 @@ use towline_link::endpoint::LinkServer;
 use towline_node_core::NodeAgent;
 use towline_proto::v1::{Driver as DriverInfo, Isolation, RegisterNode};
 
-use config::Config;
+use config::{Config, VmmChoice};
 use driver::{Driver, INPUTS_MAX, Parts};
 use egress::Egress;
 use egress::own::Own;
@@ -57,9 +57,10 @@ use egress::resolver::{Resolve, SystemResolver};
 use feed::Feeds;
 use gates::Gates;
 use guests::Guests;
+use hypervisor::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
 use hypervisor::process::Process;
-use hypervisor::qemu::{Qemu, QemuConfig};
-use hypervisor::{Hypervisor, Hypervisors};
+use hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
+use hypervisor::{Hypervisor, HypervisorError, Hypervisors};
 use images::Images;
 use machine::Machine;
 use membership::Membership;
@@ -96,8 +97,7 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
     let store = Arc::new(Store::open(&config.data_dir)?);
     let wanted = config.clone();
     let qemu = tokio::task::spawn_blocking(move || prepare(&wanted)).await??;
-    let qemu = Qemu::new(qemu).await.context("looking for a hypervisor")?;
-    let mut drivers: Vec<Arc<dyn Hypervisor>> = vec![Arc::new(qemu)];
+    let mut drivers = vec![vm_driver(&config, qemu).await.context("looking for a hypervisor")?];
     if config.isolation_process {
         let process = Process::new(&config.guest_agent);
         drivers.push(Arc::new(process.context("`isolation_process = true` is configured")?));
@@ -115,6 +115,31 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
         resolver: Arc::new(SystemResolver::default()),
     };
     run(config, store, Hypervisors::new(drivers), outside, Path::new("/"), stop).await
+}
+
+/// The driver for VMs, as configured.
+async fn vm_driver(
+    config: &Config,
+    qemu: QemuConfig,
+) -> Result<Arc<dyn Hypervisor>, HypervisorError> {
+    let wanted = match config.vmm {
+        VmmChoice::Qemu => None,
+        VmmChoice::Auto if config.accel == AccelChoice::Tcg => None,
+        VmmChoice::Auto => config.cloud_hypervisor.clone(),
+        VmmChoice::CloudHypervisor => {
+            Some(config.cloud_hypervisor.clone().unwrap_or("cloud-hypervisor".into()))
+        }
+    };
+    if let Some(program) = wanted {
+        let QemuConfig { cache_dir, kernel, initramfs, .. } = qemu.clone();
+        let wanted = CloudHypervisorConfig { cache_dir, program, kernel, initramfs };
+        match CloudHypervisor::new(wanted).await {
+            Ok(driver) => return Ok(Arc::new(driver)),
+            Err(error) if config.vmm == VmmChoice::CloudHypervisor => return Err(error),
+            Err(error) => tracing::info!(reason = chain(&error), "cloud hypervisor not used"),
+        }
+    }
+    Ok(Arc::new(Qemu::new(qemu).await?))
 }
 
 /// What egress knows of the world outside of the node.

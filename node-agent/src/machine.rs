@@ -30,7 +30,7 @@ use crate::gates::Gates;
 use crate::guest_configure::{guest_configure, random};
 use crate::guest_link::GuestLink;
 use crate::guests::{Attendance, Guests, Served, attend, exit_reason};
-use crate::hypervisor::{Hypervisor, Hypervisors, VMM, Vm, VmSpec};
+use crate::hypervisor::{Hypervisor, Hypervisors, Vm, VmSpec};
 use crate::images::{Image, Images, lasting};
 use crate::store::{State, Store};
 use crate::streams;
@@ -130,7 +130,7 @@ impl Machine {
             }
             Some(_) => {
                 let what = match assignment.spec.isolation() {
-                    Isolation::Unspecified | Isolation::Vm => VMM,
+                    Isolation::Unspecified | Isolation::Vm => "the VM's process",
                     Isolation::Process => "its first process",
                 };
                 FoundVm::Ended { reason: format!("{what} ended while the node agent was away") }

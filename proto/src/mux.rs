@@ -22,6 +22,8 @@ pub use wire::HEADER_LEN;
 
 /// Name of the virtio-serial port that carries the guest link.
 pub const PORT_NAME: &str = "dev.towline.link";
+/// Port that the guest agent listens at where the guest link goes over vsock.
+pub const VSOCK_PORT: u32 = 1024;
 /// Bytes that this build takes on one stream before its reader has read. The other end may have
 /// another number: each says its own ([`terms`]).
 pub const WINDOW: u32 = 512 << 10;

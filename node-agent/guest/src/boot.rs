@@ -22,6 +22,18 @@ use rustix::mount::MountFlags;
 const MODULES: &str = "/modules";
 /// Modules whose devices are this sandbox's own: they are loaded by `finish` only.
 const LATE_MODULES: [&str; 2] = ["virtio_rng", "virtio_blk"];
+/// Modules for devices on a bus that a VMM has or has not: loading them for nothing takes time.
+const PCI_MODULES: [&str; 6] = [
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
+];
+/// The other bus, and what is only ever on it.
+const MMIO_MODULES: [&str; 2] = ["virtio_mmio", "virtio_console"];
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
 /// Whether a driver takes the devices that it finds.
 const AUTOPROBE: &str = "/sys/bus/virtio/drivers_autoprobe";
 /// Descriptors that the agent may have open: a stream of each client and an exec's pipes.
@@ -64,7 +76,9 @@ pub fn prepare() -> io::Result<()> {
     mount("cgroup2", Path::new("/sys/fs/cgroup"), "cgroup2", cgroup, "")?;
     // Nothing here could answer the kernel's wish for a further module: asking costs a process each.
     fs::write("/proc/sys/kernel/modprobe", "\n")?;
-    load_modules(|name| !LATE_MODULES.contains(&name))?;
+    let has_pci = fs::read_dir(PCI_DEVICES).is_ok_and(|mut devices| devices.next().is_some());
+    let other_bus: &[&str] = if has_pci { &MMIO_MODULES } else { &PCI_MODULES };
+    load_modules(|name| !LATE_MODULES.contains(&name) && !other_bus.contains(&name))?;
     fs::write("/proc/self/oom_score_adj", "-1000")?;
     raise_files_limit()
 }

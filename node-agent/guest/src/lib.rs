@@ -25,4 +25,5 @@ pub mod serve;
 pub mod settings;
 pub mod shutdown;
 pub mod tcp;
+pub mod vsock;
 pub mod workload;

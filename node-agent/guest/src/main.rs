@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use towline_guest_agent::boot::Kernel;
+use towline_guest_agent::vsock::Vsock;
 use towline_guest_agent::{agent, boot, net, process, shutdown, workload};
 use towline_proto::mux::PORT_NAME;
 use towline_proto::process::PROCESS_NAME;
@@ -50,13 +51,20 @@ fn main() -> ExitCode {
 
 fn start() -> std::io::Result<()> {
     boot::prepare()?;
-    serve(Kernel::Own, || Port::open(&Port::find(PORT_NAME)?))
+    match Port::find(PORT_NAME) {
+        Ok(device) => serve(Kernel::Own, || Port::open(&device)),
+        // A VMM whose guest link goes over vsock.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            serve(Kernel::Own, || Ok(LinkListener::new(Vsock::listen()?)))
+        }
+        Err(error) => Err(error),
+    }
 }
 
 fn start_on_shared_kernel() -> std::io::Result<()> {
     let link = process::prepare()?;
     boot::prepare_own_part()?;
-    serve(Kernel::Shared, || LinkListener::new(link))
+    serve(Kernel::Shared, || LinkListener::of_unix(link))
 }
 
 fn serve<S>(kernel: Kernel, link: impl FnOnce() -> std::io::Result<S>) -> std::io::Result<()>

@@ -1,7 +1,7 @@
 //! Whether KVM runs this very kernel here: a /dev/kvm that opens proves nothing, so a guest is booted
 //! until it answers on its link, once, within a bound; the verdict is kept.
 //!
-//! A verdict counts for one kernel, one QEMU and one boot of the machine.
+//! A verdict counts for one kernel, one VMM and one boot of the machine.
 
 use std::fs;
 use std::io::Write;
@@ -11,63 +11,77 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
-use super::{AccelChoice, Qemu, Start};
+use super::processes::boot_id;
+use super::{HypervisorError, Vm, VmSpec};
 use crate::guest_link::GuestLink;
-use crate::hypervisor::processes::boot_id;
-use crate::hypervisor::{Accel, VmSpec};
+use crate::kernel::Kernel;
 
-/// A guest under KVM answers within a second or two, on a busy machine too.
-const PROBE_MAX: Duration = Duration::from_secs(10);
+/// A guest under KVM answers within a second or two; longer where KVM itself is emulated.
+const PROBE_MAX: Duration = Duration::from_secs(30);
 const PROBE_MEMORY_MIB: u64 = 256;
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Verdict {
     kernel: String,
     initramfs: String,
-    qemu: String,
+    vmm: String,
     boot_id: String,
     /// Why not; absent when KVM works.
     refused: Option<String>,
 }
 
-/// Says why KVM is not to be used, if it is not.
+/// What a verdict is about.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Subject<'a> {
+    pub(super) cache_dir: &'a Path,
+    pub(super) driver: &'a str,
+    pub(super) version: &'a str,
+    pub(super) kernel: &'a Kernel,
+    pub(super) initramfs: &'a Path,
+}
+
+/// Says why KVM is not to be used, if it is not. `boot` starts a VM under it.
 pub(super) async fn verdict(
-    qemu: &Qemu,
-    cache_dir: &Path,
-    choice: AccelChoice,
+    subject: Subject<'_>,
+    boot: impl AsyncFnOnce(&VmSpec) -> Result<Vm, HypervisorError>,
 ) -> Result<(), String> {
-    if choice == AccelChoice::Tcg {
-        return Err("emulation is configured".into());
-    }
-    let device = Path::new("/dev/kvm");
-    if let Err(error) = fs::OpenOptions::new().read(true).write(true).open(device) {
-        return Err(match error.kind() {
-            std::io::ErrorKind::NotFound => "this machine has no /dev/kvm".into(),
-            std::io::ErrorKind::PermissionDenied => {
-                "this user may not open /dev/kvm (add it to the group kvm)".into()
-            }
-            _ => format!("/dev/kvm does not open: {error}"),
-        });
-    }
-    let path = cache_dir.join("kvm-verdict.json");
+    opens()?;
+    let path = subject.cache_dir.join(format!("kvm-verdict-{}.json", subject.driver));
     let mut new = Verdict {
-        kernel: qemu.kernel.digest.clone(),
-        initramfs: qemu.initramfs.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-        qemu: qemu.capabilities.version.clone(),
+        kernel: subject.kernel.digest.clone(),
+        initramfs: subject.initramfs.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        vmm: subject.version.to_owned(),
         boot_id: boot_id(),
         refused: None,
     };
     if let Some(known) = read(&path).filter(|known| same(known, &new)) {
         return known.refused.map_or(Ok(()), Err);
     }
-    let result = probe(qemu).await;
+    let result = probe(boot).await;
     new.refused = result.as_ref().err().cloned();
     // A verdict that cannot be kept is reached again next time.
     let _ = write(&path, &new);
     result
 }
 
-async fn probe(qemu: &Qemu) -> Result<(), String> {
+/// Whether this process may use KVM at all.
+fn opens() -> Result<(), String> {
+    let device = Path::new("/dev/kvm");
+    match fs::OpenOptions::new().read(true).write(true).open(device) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(match error.kind() {
+            std::io::ErrorKind::NotFound => "this machine has no /dev/kvm".into(),
+            std::io::ErrorKind::PermissionDenied => {
+                "this user may not open /dev/kvm (add it to the group kvm)".into()
+            }
+            _ => format!("/dev/kvm does not open: {error}"),
+        }),
+    }
+}
+
+async fn probe(
+    boot: impl AsyncFnOnce(&VmSpec) -> Result<Vm, HypervisorError>,
+) -> Result<(), String> {
     let failed = |what: String| format!("KVM could not be tried: {what}");
     let dir = tempfile::tempdir().map_err(|error| failed(error.to_string()))?;
     let spec = VmSpec {
@@ -79,8 +93,7 @@ async fn probe(qemu: &Qemu) -> Result<(), String> {
         dir: dir.path().to_owned(),
         console: false,
     };
-    let vm =
-        qemu.spawn(&spec, Accel::Kvm, Start::Boot).map_err(|error| failed(error.to_string()))?;
+    let vm = boot(&spec).await.map_err(|error| failed(crate::chain(&error)))?;
     let answered = timeout(PROBE_MAX, GuestLink::answers(&vm)).await;
     let _ = vm.kill();
     let exit = vm.wait_exit().await;
@@ -92,8 +105,8 @@ async fn probe(qemu: &Qemu) -> Result<(), String> {
 }
 
 fn same(known: &Verdict, new: &Verdict) -> bool {
-    (&known.kernel, &known.initramfs, &known.qemu, &known.boot_id)
-        == (&new.kernel, &new.initramfs, &new.qemu, &new.boot_id)
+    (&known.kernel, &known.initramfs, &known.vmm, &known.boot_id)
+        == (&new.kernel, &new.initramfs, &new.vmm, &new.boot_id)
 }
 
 fn read(path: &Path) -> Option<Verdict> {

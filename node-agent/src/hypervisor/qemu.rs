@@ -5,7 +5,6 @@
 //! the node agent by one serial port only.
 
 mod command;
-mod probe;
 mod template;
 
 use std::fs::{self, File};
@@ -18,14 +17,17 @@ use futures_util::future::BoxFuture;
 use towline_proto::v1::Isolation;
 
 use super::confine::{self, Allowed, Limits};
+use super::probe::{self, Subject};
 use super::vm::{LOG_FILE, ORDERS_SOCKET};
 use super::{
-    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, tsc, vm,
+    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, Vmm, tsc,
+    vm,
 };
 use crate::kernel::Kernel;
 use template::Templates;
 
 const PROGRAM: &str = "qemu-system-x86_64";
+const INSTALL: &str = "install it (Debian: qemu-system-x86)";
 
 /// What QEMU itself may use besides the guest's memory and translated code.
 const OVERHEAD_MIB: u64 = 768;
@@ -114,20 +116,33 @@ impl Qemu {
             },
             templates: Templates::new(&config.cache_dir),
         };
-        match (config.accel, probe::verdict(&qemu, &config.cache_dir, config.accel).await) {
-            (AccelChoice::Tcg, _) => {
-                qemu.capabilities.accel_reason = "accel = \"tcg\" is configured".into();
+        let verdict = match config.accel {
+            AccelChoice::Tcg => Err("accel = \"tcg\" is configured".into()),
+            AccelChoice::Auto | AccelChoice::Kvm => qemu.try_kvm(&config.cache_dir).await,
+        };
+        match verdict {
+            Ok(()) => qemu.capabilities.accel = Accel::Kvm,
+            Err(reason) if config.accel == AccelChoice::Kvm => {
+                return Err(HypervisorError::NoKvm(reason));
             }
-            (AccelChoice::Auto | AccelChoice::Kvm, Ok(())) => {
-                qemu.capabilities.accel = Accel::Kvm;
-            }
-            (AccelChoice::Kvm, Err(reason)) => return Err(HypervisorError::NoKvm(reason)),
-            (AccelChoice::Auto, Err(reason)) => qemu.capabilities.accel_reason = reason,
+            Err(reason) => qemu.capabilities.accel_reason = reason,
         }
         // A kernel that has the disks' driver built in has looked at them before it could be saved.
         qemu.capabilities.snapshot = qemu.kernel.has_module("virtio_blk");
         qemu.templates.key = template::key(&qemu);
         Ok(qemu)
+    }
+
+    async fn try_kvm(&self, cache_dir: &Path) -> Result<(), String> {
+        let subject = Subject {
+            cache_dir,
+            driver: self.capabilities.driver,
+            version: &self.capabilities.version,
+            kernel: &self.kernel,
+            initramfs: &self.initramfs,
+        };
+        let boot = async |spec: &VmSpec| self.spawn(spec, Accel::Kvm, Start::Boot);
+        probe::verdict(subject, boot).await
     }
 
     /// Starts the process of a VM.
@@ -172,7 +187,7 @@ impl Qemu {
             dir: spec.dir.clone(),
             source,
         })?;
-        Vm::started(child, &spec.dir)
+        Vm::started(child, &spec.dir, Vmm::Qemu)
     }
 
     fn allowed(&self, spec: &VmSpec, accel: Accel) -> Allowed {
@@ -243,11 +258,11 @@ impl Hypervisor for Qemu {
     }
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
-        Ok(Vm::find(dir, &self.program))
+        Ok(Vm::find(dir, &self.program, Vmm::Qemu))
     }
 
     fn strays(&self, folder: &Path) -> Vec<Vm> {
-        vm::strays(folder, &self.program)
+        vm::strays(folder, &self.program, Vmm::Qemu)
     }
 }
 
@@ -260,7 +275,8 @@ fn limits(spec: &VmSpec) -> Limits {
     }
 }
 
-fn absolute(spec: &VmSpec) -> Result<VmSpec, HypervisorError> {
+/// The spec with no path that depends on where the VMM runs, or on links.
+pub(super) fn absolute(spec: &VmSpec) -> Result<VmSpec, HypervisorError> {
     let resolve =
         |path: &PathBuf| fs::canonicalize(path).map_err(HypervisorError::io("find", path));
     Ok(VmSpec {
@@ -270,7 +286,8 @@ fn absolute(spec: &VmSpec) -> Result<VmSpec, HypervisorError> {
     })
 }
 
-fn remove_stale(path: &Path) -> Result<(), HypervisorError> {
+/// Removes a socket that an earlier VMM has left.
+pub(super) fn remove_stale(path: &Path) -> Result<(), HypervisorError> {
     match fs::remove_file(path) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -287,6 +304,7 @@ fn find_program() -> Result<PathBuf, HypervisorError> {
         .ok_or_else(|| HypervisorError::Missing {
             program: PROGRAM.into(),
             problem: "it is not on the PATH".into(),
+            hint: INSTALL,
         })
 }
 
@@ -294,6 +312,7 @@ fn version(program: &Path) -> Result<String, HypervisorError> {
     let missing = |problem: String| HypervisorError::Missing {
         program: program.display().to_string(),
         problem,
+        hint: INSTALL,
     };
     let output = Command::new(program)
         .arg("--version")

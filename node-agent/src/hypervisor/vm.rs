@@ -30,8 +30,12 @@ use super::{HypervisorError, LINK_SOCKET};
 const IDENTITY_FILE: &str = "vm.json";
 /// What the VMM writes to its standard error.
 pub(super) const LOG_FILE: &str = "vmm.log";
-/// Where the VMM listens for orders.
+/// Where a QEMU listens for orders.
 pub(super) const ORDERS_SOCKET: &str = "qmp.sock";
+/// Port of the guest link, where it goes over vsock: the guest agent listens.
+const VSOCK_PORT: u32 = towline_proto::mux::VSOCK_PORT;
+/// Longest answer to a CONNECT: `OK` and a number.
+const CONNECTED_MAX: usize = 32;
 /// How much of the log explains an exit.
 const LOG_SHOWN: u64 = 2048;
 
@@ -82,18 +86,35 @@ pub struct Vm {
     status: Mutex<String>,
 }
 
+/// A program that runs VMs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    /// Its guest link is a serial port: whoever connects is there at once.
+    Qemu,
+    /// Its guest link is a vsock: whoever connects names a port, which may not be listened at yet.
+    CloudHypervisor,
+}
+
+impl Vmm {
+    /// What its process is called in an exit.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Qemu => "the VM's process (QEMU)",
+            Self::CloudHypervisor => "the VM's process (Cloud Hypervisor)",
+        }
+    }
+}
+
 /// What it is a process of.
 #[derive(Debug)]
 enum Kind {
     /// A VMM, which takes orders and writes a log.
-    Vmm,
+    Vmm(Vmm),
     /// A sandbox without a VM: its process 1, with whose end the kernel ends all others. Its log is
     /// lost with the node agent that started it.
     Sandbox { log: Option<File>, cgroup: Mutex<Option<Cgroup>> },
 }
 
-/// What a VMM is called in an exit.
-pub(crate) const VMM: &str = "the VM's process (QEMU)";
 /// What a sandbox's process 1 is called in an exit.
 const SANDBOX: &str = "the sandbox's first process";
 
@@ -113,6 +134,16 @@ impl Vm {
         self.dir.join(LINK_SOCKET)
     }
 
+    /// Connects to the guest link. Fails while nobody is there to answer.
+    pub async fn open_link(&self) -> io::Result<UnixStream> {
+        let mut stream = connect(&self.dir, LINK_SOCKET).await?;
+        if matches!(self.kind, Kind::Vmm(Vmm::CloudHypervisor)) {
+            stream.write_all(format!("CONNECT {VSOCK_PORT}\n").as_bytes()).await?;
+            read_connected(&mut stream).await?;
+        }
+        Ok(stream)
+    }
+
     /// Waits until the process has ended. Cancel-safe, and may be called again.
     pub async fn wait_exit(&self) -> VmExit {
         // An error here could only mean that the runtime goes down.
@@ -123,7 +154,9 @@ impl Vm {
         }
         let status = status.clone();
         match &self.kind {
-            Kind::Vmm => VmExit { what: VMM, status, log: log_end(&self.dir.join(LOG_FILE)) },
+            Kind::Vmm(vmm) => {
+                VmExit { what: vmm.name(), status, log: log_end(&self.dir.join(LOG_FILE)) }
+            }
             Kind::Sandbox { log, cgroup } => {
                 // Once: a later run of the sandbox has a cgroup of the same name. It is empty, as
                 // process 1 is the last of its namespace to go, so this does not take long.
@@ -175,6 +208,10 @@ impl Vm {
     }
 
     async fn ask_to_quit(&self) -> io::Result<()> {
+        if matches!(self.kind, Kind::Vmm(Vmm::CloudHypervisor)) {
+            // It ends its VM in order then, and itself.
+            return Ok(pidfd_send_signal(self.pidfd.get_ref(), Signal::TERM)?);
+        }
         let mut orders = connect(&self.dir, ORDERS_SOCKET).await?;
         orders.write_all(b"{\"execute\":\"qmp_capabilities\"}\n{\"execute\":\"quit\"}\n").await?;
         // Its answers are of no interest, but reading them keeps it from waiting for us.
@@ -184,13 +221,13 @@ impl Vm {
     }
 
     /// Takes a process that was just spawned, and notes its identity in its directory.
-    pub fn started(mut child: Child, dir: &Path) -> Result<Self, HypervisorError> {
+    pub fn started(mut child: Child, dir: &Path, vmm: Vmm) -> Result<Self, HypervisorError> {
         let pid = i32::try_from(child.id()).unwrap_or(-1);
-        let Some(vm) = attach(pid, dir, Kind::Vmm) else {
+        let Some(vm) = attach(pid, dir, Kind::Vmm(vmm)) else {
             // It is a zombie: it has ended already.
             let status = child.wait().map(|status| status.to_string()).unwrap_or_default();
             let log = log_end(&dir.join(LOG_FILE));
-            let error = io::Error::other(VmExit { what: VMM, status, log }.to_string());
+            let error = io::Error::other(VmExit { what: vmm.name(), status, log }.to_string());
             return Err(HypervisorError::io("watch the process of the VM in", dir)(error));
         };
         vm.note()?;
@@ -239,26 +276,27 @@ impl Vm {
 
     /// The VM that runs in this directory with this program: the one noted there, or, when a node
     /// agent died before it could note it, the one that is found.
-    pub fn find(dir: &Path, program: &Path) -> Option<Self> {
+    pub fn find(dir: &Path, program: &Path, vmm: Vmm) -> Option<Self> {
         if let Some(noted) = read_identity(dir)
             && !is_sandbox(&noted)
             && noted.boot_id == boot_id()
-            && let Some(vm) = attach(noted.pid, dir, Kind::Vmm)
+            && noted.executable == program
+            && let Some(vm) = attach(noted.pid, dir, Kind::Vmm(vmm))
             && vm.identity == noted
         {
             return Some(vm);
         }
-        let found =
-            running_in(dir, program).into_iter().find_map(|pid| attach(pid, dir, Kind::Vmm))?;
+        let attach = |pid| attach(pid, dir, Kind::Vmm(vmm));
+        let found = running_in(dir, program).into_iter().find_map(attach)?;
         let _ = found.note();
         Some(found)
     }
 }
 
 /// The VMs of this program that run beneath this folder in a directory that was removed.
-pub(super) fn strays(folder: &Path, program: &Path) -> Vec<Vm> {
+pub(super) fn strays(folder: &Path, program: &Path, vmm: Vmm) -> Vec<Vm> {
     let found = running_in_removed(folder, program);
-    found.into_iter().filter_map(|(pid, dir)| attach(pid, &dir, Kind::Vmm)).collect()
+    found.into_iter().filter_map(|(pid, dir)| attach(pid, &dir, Kind::Vmm(vmm))).collect()
 }
 
 impl Drop for Vm {
@@ -276,6 +314,22 @@ pub(crate) async fn connect(dir: &Path, name: &str) -> io::Result<UnixStream> {
     use std::os::fd::AsRawFd;
     let dir = File::open(dir)?;
     UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd())).await
+}
+
+/// Reads the VMM's answer to a CONNECT, and no byte of what follows it.
+async fn read_connected(stream: &mut UnixStream) -> io::Result<()> {
+    let mut answer = Vec::new();
+    while answer.last() != Some(&b'\n') {
+        if answer.len() == CONNECTED_MAX {
+            return Err(io::Error::other("the VMM does not answer CONNECT with OK"));
+        }
+        // It hangs up where the guest does not listen.
+        answer.push(stream.read_u8().await?);
+    }
+    if answer.starts_with(b"OK ") {
+        return Ok(());
+    }
+    Err(io::Error::other("the VMM does not answer CONNECT with OK"))
 }
 
 fn attach(pid: i32, dir: &Path, kind: Kind) -> Option<Vm> {

@@ -6,9 +6,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What the guest agent needs, besides what these depend on. Built-in ones are passed over.
-const WANTED: [&str; 9] = [
+const WANTED: [&str; 11] = [
     "virtio_mmio",
     "virtio_console",
+    "virtio_pci",
+    "vmw_vsock_virtio_transport",
     "virtio_rng",
     "virtio_blk",
     "squashfs",
@@ -163,6 +165,10 @@ mod tests {
         write("virtio_ring", "");
         write("virtio_mmio", "virtio_ring,virtio");
         write("virtio_console", "virtio,virtio_ring");
+        write("virtio_pci", "virtio_pci_modern_dev,virtio,virtio_ring");
+        write("virtio_pci_modern_dev", "");
+        write("vsock", "");
+        write("vmw_vsock_virtio_transport", "virtio,vsock");
         write("virtio-rng", "virtio");
         write("virtio_blk", "virtio,virtio_ring");
         write("squashfs", "");
@@ -173,7 +179,8 @@ mod tests {
         let order = select(tree.path(), into.path()).unwrap();
         assert_eq!(
             order.join(" "),
-            "virtio_ring.ko virtio.ko virtio_mmio.ko virtio_console.ko virtio-rng.ko virtio_blk.ko \
+            "virtio_ring.ko virtio.ko virtio_mmio.ko virtio_console.ko virtio_pci_modern_dev.ko \
+             virtio_pci.ko vsock.ko vmw_vsock_virtio_transport.ko virtio-rng.ko virtio_blk.ko \
              squashfs.ko overlay.ko fuse.ko tun.ko"
         );
         fs::remove_file(tree.path().join("fuse.ko")).unwrap();

@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use towline_node_agent::guest_link::GuestLink;
+use towline_node_agent::hypervisor::cloud_hypervisor::{
+    CloudHypervisor, CloudHypervisorConfig, PROGRAM_VARIABLE,
+};
 use towline_node_agent::hypervisor::process::Process;
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
 use towline_node_agent::hypervisor::{Capabilities, Hypervisor, HypervisorError, Vm, VmSpec};
@@ -311,15 +314,33 @@ pub(crate) async fn to_the_end(
 
 /// The `qemu` driver, or `None` with a word why.
 pub(crate) async fn qemu() -> Option<Qemu> {
-    Some(Qemu::new(config()?).await.unwrap())
-}
-
-/// What the driver is made of; `None`, with a word why, where a VM cannot be run at all.
-pub(crate) fn config() -> Option<QemuConfig> {
     if Command::new("qemu-system-x86_64").arg("--version").output().is_err() {
         eprintln!("SKIPPED: qemu-system-x86_64 is not installed");
         return None;
     }
+    Some(Qemu::new(config()?).await.unwrap())
+}
+
+/// The `cloud-hypervisor` driver, or `None` with a word why.
+pub(crate) async fn cloud_hypervisor() -> Option<CloudHypervisor> {
+    let Some(program) = std::env::var_os(PROGRAM_VARIABLE).filter(|path| !path.is_empty()) else {
+        eprintln!("SKIPPED: no Cloud Hypervisor binary");
+        return None;
+    };
+    let QemuConfig { cache_dir, kernel, initramfs, .. } = config()?;
+    let wanted = CloudHypervisorConfig { cache_dir, program: program.into(), kernel, initramfs };
+    match CloudHypervisor::new(wanted).await {
+        Ok(driver) => Some(driver),
+        Err(HypervisorError::NoKvm(why)) => {
+            eprintln!("SKIPPED: no KVM for Cloud Hypervisor: {why}");
+            None
+        }
+        Err(error) => panic!("{error:?}"),
+    }
+}
+
+/// What the driver is made of; `None`, with a word why, where a VM cannot be run at all.
+pub(crate) fn config() -> Option<QemuConfig> {
     let cache = cache_dir();
     let kernel = match kernel::ensure(&cache, &|text| eprintln!("{text}")) {
         Ok(kernel) => kernel,

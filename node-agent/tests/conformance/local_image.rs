@@ -16,8 +16,8 @@ use towline_proto::v1::{
 use towline_streams::{FrameReader, FrameWriter};
 
 use crate::guest::{
-    BOOT_MAX, Guest, SECRET, configuration, message, process, qemu, run_async, start, to_the_end,
-    vm_dir,
+    BOOT_MAX, Guest, SECRET, cloud_hypervisor, configuration, message, process, qemu, run_async,
+    start, to_the_end, vm_dir,
 };
 
 /// Counts requests, and swallows all from the given one on: they stay unanswered.
@@ -31,6 +31,14 @@ struct Counter {
 fn vm_runs_the_machines_own_programs_over_a_link_that_is_cut() {
     run_async(async {
         let Some(driver) = qemu().await else { return };
+        runs_the_machines_own_programs(&driver).await;
+    });
+}
+
+#[test]
+fn cloud_hypervisor_runs_the_machines_own_programs_over_a_link_that_is_cut() {
+    run_async(async {
+        let Some(driver) = cloud_hypervisor().await else { return };
         runs_the_machines_own_programs(&driver).await;
     });
 }

@@ -19,8 +19,8 @@ mod warm;
 use std::time::Duration;
 
 use guest::{
-    BOOT_MAX, Guest, SECRET, frame, message, process, qemu, run_async, start, to_the_end,
-    until_shown, vm_dir,
+    BOOT_MAX, Guest, SECRET, cloud_hypervisor, frame, message, process, qemu, run_async, start,
+    to_the_end, until_shown, vm_dir,
 };
 use towline_node_agent::guest_link::GuestLink;
 use towline_node_agent::hypervisor::Hypervisor;
@@ -34,6 +34,14 @@ use towline_proto::v1::{
 fn qemu_keeps_to_what_every_driver_does() {
     run_async(async {
         let Some(driver) = qemu().await else { return };
+        conforms(&driver).await;
+    });
+}
+
+#[test]
+fn cloud_hypervisor_keeps_to_what_every_driver_does() {
+    run_async(async {
+        let Some(driver) = cloud_hypervisor().await else { return };
         conforms(&driver).await;
     });
 }

@@ -14,7 +14,7 @@ use towline_proto::v1::{
 };
 use towline_streams::{FrameReader, FrameWriter, Incoming, MuxDriver, MuxRecv, MuxSend};
 
-use crate::guest::{Guest, process, qemu, run_async, vm_dir};
+use crate::guest::{Guest, cloud_hypervisor, process, qemu, run_async, vm_dir};
 
 /// What the guest sends: `seq 1 LINES`, some 50 MB.
 const LINES: u32 = 6_500_000;
@@ -25,6 +25,14 @@ type Notes = Arc<Mutex<Vec<EgressOpen>>>;
 fn qemu_reaches_what_the_node_opens_and_nothing_else() {
     run_async(async {
         let Some(driver) = qemu().await else { return };
+        reaches(&driver).await;
+    });
+}
+
+#[test]
+fn cloud_hypervisor_reaches_what_the_node_opens_and_nothing_else() {
+    run_async(async {
+        let Some(driver) = cloud_hypervisor().await else { return };
         reaches(&driver).await;
     });
 }

@@ -11,7 +11,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 use towline_node_agent::hypervisor::{
-    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec,
+    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, Vmm,
 };
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::limits::GUEST_PROTOCOL;
@@ -174,7 +174,7 @@ impl Hypervisor for Doubles {
             let _runtime = self.runtime.enter();
             let listener = UnixListener::bind(&socket).unwrap();
             self.runtime.spawn(serve(listener, guest));
-            Vm::started(child, &spec.dir)
+            Vm::started(child, &spec.dir, Vmm::Qemu)
         })
     }
 
@@ -187,7 +187,9 @@ impl Hypervisor for Doubles {
             match template {
                 Template::Missing => Ok(None),
                 Template::Good => self.boot(spec).await.map(Some),
-                Template::Broken => Vm::started(spawn(&spec.dir, "0.2"), &spec.dir).map(Some),
+                Template::Broken => {
+                    Vm::started(spawn(&spec.dir, "0.2"), &spec.dir, Vmm::Qemu).map(Some)
+                }
             }
         })
     }
@@ -202,7 +204,7 @@ impl Hypervisor for Doubles {
     }
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
-        Ok(Vm::find(dir, &program()))
+        Ok(Vm::find(dir, &program(), Vmm::Qemu))
     }
 }
 

@@ -13,7 +13,7 @@ mod splice;
 
 pub use archive::{ArchiveReader, ArchiveWriter, archive_reader, archive_writer};
 pub use framed::{FrameReader, FrameWriter};
-pub use listener::LinkListener;
+pub use listener::{Accept, LinkListener};
 pub use mux::{GuestSession, GuestSessions, Incoming, MuxDriver, MuxHandle, MuxRecv, MuxSend};
 pub use pipe::{Attachment, Memory, Over, Pipe, Socket};
 pub use port::Port;

@@ -1,4 +1,4 @@
-//! The guest's end of a guest link that is a Unix socket: whoever connects last is the node.
+//! The guest's end of a guest link that is a listening socket: whoever connects last is the node.
 //!
 //! It behaves as the virtio-serial port does, whose place it takes: a node that goes away is no
 //! end, and what is written while nobody is connected waits. It never polls.
@@ -10,27 +10,51 @@ use std::task::{Context, Poll, Waker};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{UnixListener, UnixStream};
 
+/// A listening socket.
+pub trait Accept {
+    /// What a connection is.
+    type Stream: AsyncRead + AsyncWrite + Unpin;
+
+    /// Takes the next one.
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Stream>>;
+}
+
+impl Accept for UnixListener {
+    type Stream = UnixStream;
+
+    fn poll_accept(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<UnixStream>> {
+        Self::poll_accept(self, cx).map_ok(|(stream, _)| stream)
+    }
+}
+
 /// A listening socket, as one pipe.
 #[derive(Debug)]
-pub struct LinkListener {
-    listener: UnixListener,
-    node: Option<UnixStream>,
+pub struct LinkListener<L: Accept> {
+    listener: L,
+    node: Option<L::Stream>,
     /// Wants to write and waits for a node.
     writer: Option<Waker>,
 }
 
-impl LinkListener {
-    /// Takes a listening socket. Must be called within a tokio runtime with IO.
-    pub fn new(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
+impl LinkListener<UnixListener> {
+    /// Takes a listening Unix socket. Must be called within a tokio runtime with IO.
+    pub fn of_unix(listener: std::os::unix::net::UnixListener) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
-        Ok(Self { listener: UnixListener::from_std(listener)?, node: None, writer: None })
+        Ok(Self::new(UnixListener::from_std(listener)?))
+    }
+}
+
+impl<L: Accept> LinkListener<L> {
+    /// Takes a listening socket.
+    pub fn new(listener: L) -> Self {
+        Self { listener, node: None, writer: None }
     }
 
     /// Takes whoever has connected since; the newest is the node.
     fn poll_accept(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
         while let Poll::Ready(accepted) = self.listener.poll_accept(cx) {
             match accepted {
-                Ok((stream, _)) => {
+                Ok(stream) => {
                     self.node = Some(stream);
                     if let Some(writer) = self.writer.take() {
                         writer.wake();
@@ -45,7 +69,7 @@ impl LinkListener {
     }
 }
 
-impl AsyncRead for LinkListener {
+impl<L: Accept + Unpin> AsyncRead for LinkListener<L> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -66,7 +90,7 @@ impl AsyncRead for LinkListener {
     }
 }
 
-impl AsyncWrite for LinkListener {
+impl<L: Accept + Unpin> AsyncWrite for LinkListener<L> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -102,7 +126,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("l");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-        let mut guest = LinkListener::new(listener).unwrap();
+        let mut guest = LinkListener::of_unix(listener).unwrap();
 
         // Written before anybody is there: the first to come gets it.
         let write = async {

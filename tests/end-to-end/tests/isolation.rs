@@ -1,6 +1,10 @@
 //! What `tow` shows of a sandbox, whichever its isolation: files, ports, what it reaches, stop, start,
 //! and what dies. What a driver is asked on its own is in the node agent's conformance suite.
-#![allow(clippy::unwrap_used, reason = "helpers of tests: a panic is the failure")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "helpers of tests: a panic is the failure, and which driver it was is said"
+)]
 
 use std::io::Read;
 use std::net::TcpListener;
@@ -17,14 +21,19 @@ use towline_end_to_end::{Cluster, Finished, skipped};
 /// One isolation.
 struct Kind {
     name: &'static str,
-    /// In the command line of the process that is the sandbox.
-    process: &'static str,
     own_kernel: bool,
 }
 
+/// What is in the command line of the process that is a sandbox, by driver.
+const PROCESSES: [(&str, &str); 3] = [
+    ("qemu", "qemu-system"),
+    ("cloud-hypervisor", "cloud-hypervisor --api-socket"),
+    ("process", "towline-process-sandbox"),
+];
+
 #[test]
 fn a_vm_is_what_a_sandbox_is() {
-    is_a_sandbox(Kind { name: "vm", process: "qemu-system", own_kernel: true });
+    is_a_sandbox(Kind { name: "vm", own_kernel: true });
 }
 
 #[test]
@@ -32,8 +41,7 @@ fn processes_are_what_a_sandbox_is() {
     if !rustix::process::geteuid().is_root() {
         skipped!("the `process` driver needs root");
     }
-    let process = "towline-process-sandbox";
-    is_a_sandbox(Kind { name: "process", process, own_kernel: false });
+    is_a_sandbox(Kind { name: "process", own_kernel: false });
 }
 
 fn is_a_sandbox(kind: Kind) {
@@ -44,7 +52,7 @@ fn is_a_sandbox(kind: Kind) {
     cluster.tow(["up", "--detach"]).finish(BOOT).ok();
     let folder = cluster.folder(kind.name);
     std::fs::write(folder.join("hello"), "hello").unwrap();
-    let sandbox = Sandbox { cluster: &cluster, kind, folder };
+    let mut sandbox = Sandbox { cluster: &cluster, kind, folder, process: "" };
     sandbox.check_shown();
     sandbox.check_files();
     sandbox.check_ports();
@@ -59,6 +67,8 @@ struct Sandbox<'c> {
     cluster: &'c Cluster,
     kind: Kind,
     folder: PathBuf,
+    /// In the command line of the process that is the sandbox.
+    process: &'static str,
 }
 
 impl Sandbox<'_> {
@@ -71,7 +81,7 @@ impl Sandbox<'_> {
         self.cluster.inspect("it")
     }
 
-    fn check_shown(&self) {
+    fn check_shown(&mut self) {
         let done = self.run("pwd; uname -r; id -un; echo err >&2; exit 7").expect(7);
         let out = done.out();
         let lines: Vec<_> = out.lines().collect();
@@ -80,6 +90,9 @@ impl Sandbox<'_> {
         assert_eq!(lines[1] != here.trim(), self.kind.own_kernel, "{out}");
         let shown = self.inspect();
         assert!(shown["isolation"].as_str().unwrap().starts_with(self.kind.name), "{shown}");
+        let driver = shown["driver"].as_str().unwrap();
+        println!("driver: {driver}");
+        self.process = PROCESSES.iter().find(|(name, _)| *name == driver).unwrap().1;
         let all = self.cluster.tow(["ls"]).finish(SHORT).ok().out();
         assert!(all.contains(self.kind.name), "{all}");
         let other = if self.kind.own_kernel { "process" } else { "vm" };
@@ -163,7 +176,7 @@ impl Sandbox<'_> {
 
     fn check_stop_and_start(&self) {
         self.run("echo kept > /var/tmp/kept").ok();
-        let process = self.cluster.process(&[self.kind.process]);
+        let process = self.cluster.process(&[self.process]);
         self.cluster.tow(["stop", "it"]).finish(BOOT).ok();
         wait_for("its end", SHORT, || (!process.alive()).then_some(()));
         assert_eq!(self.inspect()["phase"], "stopped");
@@ -175,7 +188,7 @@ impl Sandbox<'_> {
         let exec = ["exec", "--no-sync", "it", "--", "sh", "-c", "echo on; sleep 1000"];
         let running = self.cluster.tow(exec);
         std::thread::sleep(std::time::Duration::from_secs(1));
-        self.cluster.process(&[self.kind.process]).kill();
+        self.cluster.process(&[self.process]).kill();
         let done = running.finish(SHORT).expect(125);
         for said in ["sandbox it is stopped", "tow start it"] {
             assert!(done.err().contains(said), "{said} is not in: {}", done.err());
@@ -186,7 +199,7 @@ impl Sandbox<'_> {
 
     fn check_removed(&self) {
         self.cluster.tow(["rm", "it"]).finish(BOOT).ok();
-        let gone = || self.cluster.find(&[self.kind.process]).is_none();
+        let gone = || self.cluster.find(&[self.process]).is_none();
         wait_for("its end", SHORT, || gone().then_some(()));
         let root = self.cluster.root().display().to_string();
         wait_for("its mounts' end", SHORT, || {

@@ -22,7 +22,7 @@ use super::{Qemu, Start, command};
 use crate::guest_link::GuestLink;
 use crate::hypervisor::processes::boot_id;
 use crate::hypervisor::qmp::Qmp;
-use crate::hypervisor::{Vm, VmShape, VmSpec};
+use crate::hypervisor::{Vm, VmShape, VmSpec, Vmm};
 use crate::kernel::digest;
 
 /// Largest file: a guest that has just booted holds about 100 MiB that are not zero.
@@ -146,7 +146,7 @@ impl Templates {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(MAKING) {
                 for place in [SAVED_IN, TRIED_IN] {
-                    if let Some(vm) = Vm::find(&entry.path().join(place), program) {
+                    if let Some(vm) = Vm::find(&entry.path().join(place), program, Vmm::Qemu) {
                         let _ = vm.kill();
                     }
                 }

@@ -1,0 +1,274 @@
+//! The `cloud-hypervisor` driver: one process per VM, told what to do over its API socket.
+//!
+//! Each is confined by landlock before it runs and by Cloud Hypervisor's own seccomp filters after,
+//! has no network card, and its guest talks to the node agent by a vsock only, which ends in a Unix
+//! socket of the VM's directory. A VMM that refuses any order of a start is killed: it may hold a VM
+//! that is not what was asked for.
+
+mod api;
+mod config;
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use towline_proto::v1::Isolation;
+
+use super::confine::{self, Allowed, Limits};
+use super::probe::{self, Subject};
+use super::qemu::{absolute, remove_stale};
+use super::vm::LOG_FILE;
+use super::{Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmSpec, Vmm, vm};
+use crate::kernel::Kernel;
+use api::{API_SOCKET, Api};
+
+/// Names the program when the configuration does not, and it is not on the PATH.
+pub const PROGRAM_VARIABLE: &str = "TOWLINE_CLOUD_HYPERVISOR";
+const PROGRAM: &str = "cloud-hypervisor";
+/// The first version whose behaviour is known and wanted.
+const VERSION_MIN: u32 = 53;
+/// The last one that was tried.
+const VERSION_TRIED: u32 = 53;
+const INSTALL: &str = "install Cloud Hypervisor (the static binary of a release), or name it in \
+                       `cloud_hypervisor`";
+/// What it may use besides the guest's memory.
+const OVERHEAD_MIB: u64 = 512;
+/// What it may write to a log where no disk is larger.
+const LOGS_MAX: u64 = 64 << 20;
+/// Making a VM opens its disks.
+const CREATE_MAX: Duration = Duration::from_secs(30);
+/// Booting it loads kernel and initramfs, and asks KVM for all that it has.
+const BOOT_MAX: Duration = Duration::from_secs(60);
+
+/// What the driver needs to know.
+#[derive(Debug, Clone)]
+pub struct CloudHypervisorConfig {
+    /// Where the verdict about KVM is remembered.
+    pub cache_dir: PathBuf,
+    /// The program.
+    pub program: PathBuf,
+    /// The guest kernel.
+    pub kernel: Kernel,
+    /// Its initramfs.
+    pub initramfs: PathBuf,
+}
+
+/// The driver.
+#[derive(Debug)]
+pub struct CloudHypervisor {
+    program: PathBuf,
+    kernel: Kernel,
+    initramfs: PathBuf,
+    capabilities: Capabilities,
+}
+
+/// The program that the environment names, or that is on the PATH.
+pub fn find_program() -> Option<PathBuf> {
+    if let Some(given) = std::env::var_os(PROGRAM_VARIABLE).filter(|path| !path.is_empty()) {
+        return Some(given.into());
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).map(|dir| dir.join(PROGRAM)).find(|path| path.is_file())
+}
+
+impl CloudHypervisor {
+    /// Looks at the program, and tries KVM: once, within a bound, per kernel, VMM and boot.
+    pub async fn new(config: CloudHypervisorConfig) -> Result<Self, HypervisorError> {
+        let program = fs::canonicalize(&config.program).map_err(|error| {
+            let program = config.program.display().to_string();
+            HypervisorError::Missing { program, problem: error.to_string(), hint: INSTALL }
+        })?;
+        let (version, major) = version(&program)?;
+        let landlock = confine::is_available();
+        let mut missing =
+            vec!["cgroups: a VM's memory is bounded by limits, its CPU and IO are not".to_owned()];
+        if !landlock {
+            missing.push("landlock: this kernel cannot keep the VMM to its own files".to_owned());
+        }
+        if major > VERSION_TRIED {
+            missing.push(format!(
+                "version: {version} is newer than what was tried (v{VERSION_TRIED})"
+            ));
+        }
+        let capabilities = Capabilities {
+            driver: "cloud-hypervisor",
+            isolation: Isolation::Vm,
+            version,
+            accel: Accel::Kvm,
+            accel_reason: String::new(),
+            snapshot: false,
+            hotplug: false,
+            gpu: false,
+            landlock,
+            own_kernel: true,
+            disk_limit: true,
+            memory_limit: true,
+            memory_limit_ends_commands: true,
+            process_limit: true,
+            missing,
+        };
+        let CloudHypervisorConfig { cache_dir, kernel, initramfs, .. } = config;
+        let driver = Self { program, kernel, initramfs, capabilities };
+        let subject = Subject {
+            cache_dir: &cache_dir,
+            driver: driver.capabilities.driver,
+            version: &driver.capabilities.version,
+            kernel: &driver.kernel,
+            initramfs: &driver.initramfs,
+        };
+        let boot = async |spec: &VmSpec| driver.start(spec).await;
+        probe::verdict(subject, boot).await.map_err(HypervisorError::NoKvm)?;
+        Ok(driver)
+    }
+
+    /// Starts the process of a VM, which has no VM yet.
+    fn spawn(&self, spec: &VmSpec) -> Result<Vm, HypervisorError> {
+        let io = HypervisorError::io;
+        for name in [LINK_SOCKET, API_SOCKET] {
+            remove_stale(&spec.dir.join(name))?;
+        }
+        let log_path = spec.dir.join(LOG_FILE);
+        let log = File::create(&log_path).map_err(io("create", &log_path))?;
+        let log_too = log.try_clone().map_err(io("open", &log_path))?;
+        let mut command = Command::new(&self.program);
+        command
+            .args(["--api-socket", &format!("path={API_SOCKET}"), "--seccomp", "true"])
+            .current_dir(&spec.dir)
+            .env_clear()
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(log_too);
+        let rules = if self.capabilities.landlock {
+            let rules = confine::prepare(&self.allowed(spec));
+            let failed = |error| io::Error::other(format!("landlock: {error}"));
+            Some(rules.map_err(failed).map_err(io("confine the VM in", &spec.dir))?)
+        } else {
+            None
+        };
+        confine::apply(&mut command, rules, limits(spec));
+        let child = command.spawn().map_err(|source| HypervisorError::Spawn {
+            program: self.program.display().to_string(),
+            dir: spec.dir.clone(),
+            source,
+        })?;
+        Vm::started(child, &spec.dir, Vmm::CloudHypervisor)
+    }
+
+    fn allowed(&self, spec: &VmSpec) -> Allowed {
+        let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
+        let mut allowed = Allowed {
+            read: paths(&["/etc/ld.so.cache", "/dev/urandom", "/proc/self", "/sys/kernel/mm"]),
+            execute: paths(&["/usr/lib", "/lib", "/lib64", "/usr/lib64"]),
+            write: paths(&["/dev/null", "/dev/kvm"]),
+            own: vec![spec.dir.clone()],
+        };
+        allowed.execute.push(self.program.clone());
+        allowed.read.extend([self.kernel.vmlinux.clone(), self.initramfs.clone()]);
+        allowed.read.extend(self.kernel.modules_disk.iter().chain(&spec.layers).cloned());
+        allowed.write.extend(spec.upper.iter().cloned());
+        allowed
+    }
+
+    async fn start(&self, spec: &VmSpec) -> Result<Vm, HypervisorError> {
+        spec.check()?;
+        let dir = fs::canonicalize(&spec.dir).map_err(HypervisorError::io("find", &spec.dir))?;
+        let spec = VmSpec { dir, ..absolute(spec)? };
+        let config = config::of(self, &spec)?;
+        let vm = self.spawn(&spec)?;
+        let orders = async {
+            let api = Api(&spec.dir);
+            let said = api.ping().await?;
+            tracing::debug!(version = said.version, build = said.build_version, "vmm answers");
+            api.order("vm.create", Some(&config), CREATE_MAX).await?;
+            api.order::<()>("vm.boot", None, BOOT_MAX).await
+        };
+        let told = tokio::select! {
+            biased;
+            told = orders => told,
+            exit = vm.wait_exit() => {
+                let ended = io::Error::other(exit.to_string());
+                Err(HypervisorError::io("start the VM in", &spec.dir)(ended))
+            }
+        };
+        if let Err(error) = told {
+            let _ = vm.kill();
+            vm.wait_exit().await;
+            return Err(error);
+        }
+        Ok(vm)
+    }
+}
+
+impl Hypervisor for CloudHypervisor {
+    fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
+    fn boot<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(self.start(spec))
+    }
+
+    fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
+        Ok(Vm::find(dir, &self.program, Vmm::CloudHypervisor))
+    }
+
+    fn strays(&self, folder: &Path) -> Vec<Vm> {
+        vm::strays(folder, &self.program, Vmm::CloudHypervisor)
+    }
+}
+
+/// Bounds for the process that hold on any machine; a healthy one stays far below.
+fn limits(spec: &VmSpec) -> Limits {
+    let disk = spec.upper.as_ref().and_then(|path| fs::metadata(path).ok());
+    Limits {
+        data_bytes: (spec.memory_mib + OVERHEAD_MIB) << 20,
+        file_bytes: disk.map_or(0, |disk| disk.len()).max(LOGS_MAX),
+    }
+}
+
+/// What the program says of its version, and the first number of it.
+fn version(program: &Path) -> Result<(String, u32), HypervisorError> {
+    let name = program.display().to_string();
+    let output =
+        Command::new(program).arg("--version").stdin(Stdio::null()).output().map_err(|error| {
+            HypervisorError::Missing {
+                program: name.clone(),
+                problem: error.to_string(),
+                hint: INSTALL,
+            }
+        })?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let wrong = |problem| HypervisorError::Version { program: name.clone(), problem };
+    let (version, major) = parse_version(&text).ok_or_else(|| {
+        wrong(format!("it does not say that it is a Cloud Hypervisor ({})", output.status))
+    })?;
+    if major < VERSION_MIN {
+        return Err(wrong(format!("it is {version}; v{VERSION_MIN} or newer is needed")));
+    }
+    Ok((version, major))
+}
+
+fn parse_version(text: &str) -> Option<(String, u32)> {
+    let version = text.lines().next()?.strip_prefix("cloud-hypervisor v")?.trim();
+    let major = version.split(['.', '-']).next()?.parse().ok()?;
+    Some((format!("v{version}"), major))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_is_known_by_what_it_says() {
+        let parse = |text: &str| parse_version(text).map(|(_, major)| major);
+        assert_eq!(parse("cloud-hypervisor v53.0.0\n"), Some(53));
+        assert_eq!(parse("cloud-hypervisor v53.0-246-gae44c2971\n"), Some(53));
+        assert_eq!(parse("QEMU emulator version 7.2.0"), None);
+        assert_eq!(parse(""), None);
+        let error = version(Path::new("/bin/true")).unwrap_err().to_string();
+        assert!(error.contains("does not say that it is a Cloud Hypervisor"), "{error}");
+    }
+}

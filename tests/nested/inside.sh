@@ -1,0 +1,20 @@
+#!/bin/sh
+# The part of run.sh that runs in the machine with an emulated processor, as root.
+set -eu
+cd /opt/nested
+modprobe kvm-amd
+[ -e /dev/kvm ] || mknod /dev/kvm c 10 232
+mkdir -p /var/tmp/nested
+export HOME=/root XDG_CACHE_HOME=/opt/nested/xdg TMPDIR=/var/tmp/nested
+mkdir -p xdg && ln -sfn /opt/nested/cache xdg/towline
+export TOWLINE_CLOUD_HYPERVISOR=/opt/nested/cloud-hypervisor
+export TOWLINE_GUEST_AGENT=/opt/nested/towline-guest-agent-static
+uname -r
+./cloud-hypervisor --version
+./conformance --test-threads=1 --nocapture cloud_hypervisor
+# A whole `tow run`: this cluster finds its VMM on the PATH.
+mkdir -p bin && ln -sf ../cloud-hypervisor bin/cloud-hypervisor
+PATH="/opt/nested/bin:$PATH" TOWLINE_BIN_DIR=/opt/nested \
+  ./isolation --exact --nocapture a_vm_is_what_a_sandbox_is | tee isolation.log
+grep -q '^driver: cloud-hypervisor' isolation.log
+grep -q '^test result: ok' isolation.log
