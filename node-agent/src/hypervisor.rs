@@ -11,6 +11,7 @@ pub mod process;
 mod processes;
 pub mod qemu;
 mod qmp;
+mod template;
 pub mod tsc;
 mod vm;
 

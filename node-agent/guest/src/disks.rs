@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::mount::MountFlags;
 
@@ -18,6 +19,9 @@ const DEVICES: &str = "/sys/bus/virtio/devices";
 const BIND: &str = "/sys/bus/virtio/drivers/virtio_blk/bind";
 /// What a virtio device of this kind says in `device`.
 const BLOCK: &str = "0x0002";
+/// How long disks may take to be seen that were plugged in just now: after a warm start.
+const PLUGGED_MAX: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(2);
 /// Most layer disks, as the node makes them.
 const LAYERS_MAX: u32 = 16;
 
@@ -36,10 +40,20 @@ impl Disks {
                 "{layers} layers; at most {LAYERS_MAX} are possible"
             )));
         }
-        let wanted = ["upper".to_owned(), "modules".to_owned()]
+        let needed: Vec<_> = ["upper".to_owned()]
             .into_iter()
-            .chain((0..layers).map(|index| format!("layer{index}")));
-        Self::attach_from(Path::new(DEVICES), wanted.collect(), |device| fs::write(BIND, device))
+            .chain((0..layers).map(|index| format!("layer{index}")))
+            .collect();
+        let until = Instant::now() + PLUGGED_MAX;
+        loop {
+            let wanted = needed.iter().cloned().chain(["modules".to_owned()]).collect();
+            let bind = |device: &str| fs::write(BIND, device);
+            let disks = Self::attach_from(Path::new(DEVICES), wanted, bind)?;
+            if needed.iter().all(|serial| disks.has(serial)) || Instant::now() > until {
+                return Ok(disks);
+            }
+            std::thread::sleep(LOOK);
+        }
     }
 
     /// Those that are mounted already, where the kernel is the node's: folders instead of devices.

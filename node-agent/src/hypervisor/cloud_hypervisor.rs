@@ -7,6 +7,7 @@
 
 mod api;
 mod config;
+mod snapshot;
 
 use std::fs::{self, File};
 use std::io;
@@ -20,8 +21,11 @@ use towline_proto::v1::Isolation;
 use super::confine::{self, Allowed, Limits};
 use super::probe::{self, Subject};
 use super::qemu::{absolute, remove_stale};
+use super::template::{Fits, Saves, Templates};
 use super::vm::LOG_FILE;
-use super::{Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmSpec, Vmm, vm};
+use super::{
+    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, Vmm, vm,
+};
 use crate::kernel::Kernel;
 use api::{API_SOCKET, Api};
 
@@ -34,12 +38,17 @@ const VERSION_MIN: u32 = 53;
 const VERSION_TRIED: u32 = 53;
 const INSTALL: &str = "install Cloud Hypervisor (the static binary of a release), or name it in \
                        `cloud_hypervisor`";
-/// What it may use besides the guest's memory.
-const OVERHEAD_MIB: u64 = 512;
+/// What it may map besides the guest's memory: each disk and CPU has a thread with 8 MiB of stack.
+const OVERHEAD_MIB: u64 = 1024;
 /// What it may write to a log where no disk is larger.
 const LOGS_MAX: u64 = 64 << 20;
 /// Making a VM opens its disks.
 const CREATE_MAX: Duration = Duration::from_secs(30);
+/// Plugging a disk in, or letting a restored guest run.
+const PLUG_MAX: Duration = Duration::from_secs(20);
+/// Restoring one reads all of its memory, where it cannot come as it is used.
+const RESTORE_MAX: Duration = Duration::from_secs(60);
+const USERFAULTFD: &str = "/dev/userfaultfd";
 /// Booting it loads kernel and initramfs, and asks KVM for all that it has.
 const BOOT_MAX: Duration = Duration::from_secs(60);
 
@@ -63,6 +72,18 @@ pub struct CloudHypervisor {
     kernel: Kernel,
     initramfs: PathBuf,
     capabilities: Capabilities,
+    templates: Option<Templates>,
+}
+
+/// How a VM begins.
+#[derive(Debug, Clone, Copy)]
+enum Start<'a> {
+    /// With the kernel.
+    Boot,
+    /// With the kernel, to be saved later: in the background.
+    ToBeSaved,
+    /// With what was saved in this folder.
+    Restore(&'a Path),
 }
 
 /// The program that the environment names, or that is on the PATH.
@@ -99,8 +120,9 @@ impl CloudHypervisor {
             version,
             accel: Accel::Kvm,
             accel_reason: String::new(),
-            snapshot: false,
-            hotplug: false,
+            // A kernel that has the disks' driver built in could not be saved before them.
+            snapshot: config.kernel.has_module("virtio_blk"),
+            hotplug: true,
             gpu: false,
             landlock,
             own_kernel: true,
@@ -111,7 +133,7 @@ impl CloudHypervisor {
             missing,
         };
         let CloudHypervisorConfig { cache_dir, kernel, initramfs, .. } = config;
-        let driver = Self { program, kernel, initramfs, capabilities };
+        let mut driver = Self { program, kernel, initramfs, capabilities, templates: None };
         let subject = Subject {
             cache_dir: &cache_dir,
             driver: driver.capabilities.driver,
@@ -119,13 +141,23 @@ impl CloudHypervisor {
             kernel: &driver.kernel,
             initramfs: &driver.initramfs,
         };
-        let boot = async |spec: &VmSpec| driver.start(spec).await;
+        let boot = async |spec: &VmSpec| driver.start(spec, Start::Boot).await;
         probe::verdict(subject, boot).await.map_err(HypervisorError::NoKvm)?;
+        if driver.capabilities.snapshot {
+            let fits = Fits {
+                program: &driver.program,
+                version: &driver.capabilities.version,
+                kernel: &driver.kernel,
+                initramfs: &driver.initramfs,
+                machine: &["cloud-hypervisor", config::MACHINE],
+            };
+            driver.templates = Some(Templates::new(&cache_dir, &fits));
+        }
         Ok(driver)
     }
 
     /// Starts the process of a VM, which has no VM yet.
-    fn spawn(&self, spec: &VmSpec) -> Result<Vm, HypervisorError> {
+    fn spawn(&self, spec: &VmSpec, start: Start<'_>) -> Result<Vm, HypervisorError> {
         let io = HypervisorError::io;
         for name in [LINK_SOCKET, API_SOCKET] {
             remove_stale(&spec.dir.join(name))?;
@@ -142,13 +174,20 @@ impl CloudHypervisor {
             .stdout(log)
             .stderr(log_too);
         let rules = if self.capabilities.landlock {
-            let rules = confine::prepare(&self.allowed(spec));
+            let rules = confine::prepare(&self.allowed(spec, start));
             let failed = |error| io::Error::other(format!("landlock: {error}"));
             Some(rules.map_err(failed).map_err(io("confine the VM in", &spec.dir))?)
         } else {
             None
         };
-        confine::apply(&mut command, rules, limits(spec));
+        let mut limits = limits(spec);
+        if let Start::ToBeSaved = start {
+            limits.file_bytes = limits.file_bytes.max(spec.memory_mib << 20);
+        }
+        confine::apply(&mut command, rules, limits);
+        if let Start::ToBeSaved = start {
+            confine::in_background(&mut command);
+        }
         let child = command.spawn().map_err(|source| HypervisorError::Spawn {
             program: self.program.display().to_string(),
             dir: spec.dir.clone(),
@@ -157,7 +196,7 @@ impl CloudHypervisor {
         Vm::started(child, &spec.dir, Vmm::CloudHypervisor)
     }
 
-    fn allowed(&self, spec: &VmSpec) -> Allowed {
+    fn allowed(&self, spec: &VmSpec, start: Start<'_>) -> Allowed {
         let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
         let mut allowed = Allowed {
             read: paths(&["/etc/ld.so.cache", "/dev/urandom", "/proc/self", "/sys/kernel/mm"]),
@@ -169,22 +208,24 @@ impl CloudHypervisor {
         allowed.read.extend([self.kernel.vmlinux.clone(), self.initramfs.clone()]);
         allowed.read.extend(self.kernel.modules_disk.iter().chain(&spec.layers).cloned());
         allowed.write.extend(spec.upper.iter().cloned());
+        match start {
+            Start::Boot => {}
+            // The folder beside its own, where the snapshot goes.
+            Start::ToBeSaved => allowed.own.extend(spec.dir.parent().map(PathBuf::from)),
+            Start::Restore(saved) => {
+                allowed.read.push(saved.to_owned());
+                allowed.write.push(USERFAULTFD.into());
+            }
+        }
         allowed
     }
 
-    async fn start(&self, spec: &VmSpec) -> Result<Vm, HypervisorError> {
+    async fn start(&self, spec: &VmSpec, start: Start<'_>) -> Result<Vm, HypervisorError> {
         spec.check()?;
         let dir = fs::canonicalize(&spec.dir).map_err(HypervisorError::io("find", &spec.dir))?;
         let spec = VmSpec { dir, ..absolute(spec)? };
-        let config = config::of(self, &spec)?;
-        let vm = self.spawn(&spec)?;
-        let orders = async {
-            let api = Api(&spec.dir);
-            let said = api.ping().await?;
-            tracing::debug!(version = said.version, build = said.build_version, "vmm answers");
-            api.order("vm.create", Some(&config), CREATE_MAX).await?;
-            api.order::<()>("vm.boot", None, BOOT_MAX).await
-        };
+        let vm = self.spawn(&spec, start)?;
+        let orders = self.orders(&spec, start);
         let told = tokio::select! {
             biased;
             told = orders => told,
@@ -200,6 +241,25 @@ impl CloudHypervisor {
         }
         Ok(vm)
     }
+
+    /// What a VMM that was just started is told.
+    async fn orders(&self, spec: &VmSpec, start: Start<'_>) -> Result<(), HypervisorError> {
+        let api = Api(&spec.dir);
+        let said = api.ping().await?;
+        tracing::debug!(version = said.version, build = said.build_version, "vmm answers");
+        let Start::Restore(saved) = start else {
+            let config = config::of(self, spec)?;
+            api.order("vm.create", Some(&config), CREATE_MAX).await?;
+            return api.order::<()>("vm.boot", None, BOOT_MAX).await;
+        };
+        let source = snapshot::Source::new(saved)?;
+        api.order("vm.restore", Some(&source), RESTORE_MAX).await?;
+        // All are there when the guest runs again: it is told of them at once.
+        for disk in config::disks(self, spec)? {
+            api.order("vm.add-disk", Some(&disk), PLUG_MAX).await?;
+        }
+        api.order::<()>("vm.resume", None, PLUG_MAX).await
+    }
 }
 
 impl Hypervisor for CloudHypervisor {
@@ -208,7 +268,35 @@ impl Hypervisor for CloudHypervisor {
     }
 
     fn boot<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
-        Box::pin(self.start(spec))
+        Box::pin(self.start(spec, Start::Boot))
+    }
+
+    fn restore<'a>(
+        &'a self,
+        spec: &'a VmSpec,
+    ) -> BoxFuture<'a, Result<Option<Vm>, HypervisorError>> {
+        Box::pin(async move {
+            // A console is another device.
+            let templates = self.templates.as_ref().filter(|_| !spec.console);
+            let Some((path, _kept)) = templates.and_then(|all| all.open(spec.shape())) else {
+                return Ok(None);
+            };
+            self.start(spec, Start::Restore(&path)).await.map(Some)
+        })
+    }
+
+    fn make_template(&self, shape: VmShape) -> BoxFuture<'_, Result<(), HypervisorError>> {
+        Box::pin(async move {
+            let Some(templates) = &self.templates else { return Ok(()) };
+            let failed = |problem| HypervisorError::Template { shape, problem };
+            templates.make(self, shape).await.map_err(failed)
+        })
+    }
+
+    fn drop_template(&self, shape: VmShape) {
+        if let Some(templates) = &self.templates {
+            templates.drop(shape);
+        }
     }
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
@@ -217,6 +305,28 @@ impl Hypervisor for CloudHypervisor {
 
     fn strays(&self, folder: &Path) -> Vec<Vm> {
         vm::strays(folder, &self.program, Vmm::CloudHypervisor)
+    }
+}
+
+impl Saves for CloudHypervisor {
+    fn program(&self) -> (&Path, Vmm) {
+        (&self.program, Vmm::CloudHypervisor)
+    }
+
+    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(Self::start(self, spec, Start::ToBeSaved))
+    }
+
+    fn save<'a>(&'a self, vm: &'a Vm, to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(snapshot::save(vm, to))
+    }
+
+    fn restore<'a>(
+        &'a self,
+        spec: &'a VmSpec,
+        saved: &'a Path,
+    ) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(Self::start(self, spec, Start::Restore(saved)))
     }
 }
 

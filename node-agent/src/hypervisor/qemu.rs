@@ -5,11 +5,12 @@
 //! the node agent by one serial port only.
 
 mod command;
-mod template;
+mod migrate;
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -18,19 +19,21 @@ use towline_proto::v1::Isolation;
 
 use super::confine::{self, Allowed, Limits};
 use super::probe::{self, Subject};
+use super::template::{Fits, Saves, Templates};
 use super::vm::{LOG_FILE, ORDERS_SOCKET};
 use super::{
     Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, Vmm, tsc,
     vm,
 };
 use crate::kernel::Kernel;
-use template::Templates;
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const INSTALL: &str = "install it (Debian: qemu-system-x86)";
 
-/// What QEMU itself may use besides the guest's memory and translated code.
-const OVERHEAD_MIB: u64 = 768;
+/// What QEMU itself may map besides the guest's memory and translated code. Much of it is never
+/// touched: under load it has 64 threads for disks with 8 MiB of stack each, and 1 MiB for each
+/// request under way; it aborts when it gets no more (seen with 768).
+const OVERHEAD_MIB: u64 = 2048;
 /// What it may write to a log where no disk is larger.
 const LOGS_MAX: u64 = 64 << 20;
 
@@ -67,7 +70,7 @@ pub struct Qemu {
     initramfs: PathBuf,
     tsc_khz: Option<u64>,
     capabilities: Capabilities,
-    templates: Templates,
+    templates: Option<Templates>,
 }
 
 /// How the process of a VM begins.
@@ -114,7 +117,7 @@ impl Qemu {
                 process_limit: true,
                 missing,
             },
-            templates: Templates::new(&config.cache_dir),
+            templates: None,
         };
         let verdict = match config.accel {
             AccelChoice::Tcg => Err("accel = \"tcg\" is configured".into()),
@@ -129,7 +132,16 @@ impl Qemu {
         }
         // A kernel that has the disks' driver built in has looked at them before it could be saved.
         qemu.capabilities.snapshot = qemu.kernel.has_module("virtio_blk");
-        qemu.templates.key = template::key(&qemu);
+        let accel = qemu.capabilities.accel;
+        let fits = Fits {
+            program: &qemu.program,
+            version: &qemu.capabilities.version,
+            kernel: &qemu.kernel,
+            initramfs: &qemu.initramfs,
+            machine: &["qemu", command::MACHINE, accel.as_str(), command::cpu(accel)],
+        };
+        let templates = Templates::new(&config.cache_dir, &fits);
+        qemu.templates = qemu.capabilities.snapshot.then_some(templates);
         Ok(qemu)
     }
 
@@ -174,7 +186,7 @@ impl Qemu {
         };
         let mut limits = limits(&spec);
         if matches!(start, Start::ToBeSaved) {
-            limits.file_bytes = template::SIZE_MAX;
+            limits.file_bytes = migrate::SIZE_MAX;
         }
         confine::apply(&mut command, rules, limits);
         match start {
@@ -237,24 +249,27 @@ impl Hypervisor for Qemu {
     ) -> BoxFuture<'a, Result<Option<Vm>, HypervisorError>> {
         Box::pin(async move {
             // A console is one more device.
-            let saved = self.templates.open(spec.shape()).filter(|_| !spec.console);
-            let restore = |saved| self.spawn(spec, self.capabilities.accel, Start::Restore(saved));
-            saved.map(restore).transpose()
+            let templates = self.templates.as_ref().filter(|_| !spec.console);
+            let Some((_, saved)) = templates.and_then(|all| all.open(spec.shape())) else {
+                return Ok(None);
+            };
+            let start = Start::Restore(saved.into());
+            self.spawn(spec, self.capabilities.accel, start).map(Some)
         })
     }
 
     fn make_template(&self, shape: VmShape) -> BoxFuture<'_, Result<(), HypervisorError>> {
         Box::pin(async move {
-            if !self.capabilities.snapshot {
-                return Ok(());
-            }
+            let Some(templates) = &self.templates else { return Ok(()) };
             let failed = |problem| HypervisorError::Template { shape, problem };
-            self.templates.make(self, shape).await.map_err(failed)
+            templates.make(self, shape).await.map_err(failed)
         })
     }
 
     fn drop_template(&self, shape: VmShape) {
-        self.templates.drop(shape);
+        if let Some(templates) = &self.templates {
+            templates.drop(shape);
+        }
     }
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
@@ -263,6 +278,35 @@ impl Hypervisor for Qemu {
 
     fn strays(&self, folder: &Path) -> Vec<Vm> {
         vm::strays(folder, &self.program, Vmm::Qemu)
+    }
+}
+
+impl Saves for Qemu {
+    fn program(&self) -> (&Path, Vmm) {
+        (&self.program, Vmm::Qemu)
+    }
+
+    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(async move { self.spawn(spec, self.capabilities.accel, Start::ToBeSaved) })
+    }
+
+    fn save<'a>(&'a self, vm: &'a Vm, to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+            migrate::migrate(vm, &file).await?;
+            tokio::task::spawn_blocking(move || file.sync_all()).await?
+        })
+    }
+
+    fn restore<'a>(
+        &'a self,
+        spec: &'a VmSpec,
+        saved: &'a Path,
+    ) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(async move {
+            let saved = File::open(saved).map_err(HypervisorError::io("open", saved))?;
+            self.spawn(spec, self.capabilities.accel, Start::Restore(saved.into()))
+        })
     }
 }
 

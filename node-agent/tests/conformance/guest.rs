@@ -323,11 +323,17 @@ pub(crate) async fn qemu() -> Option<Qemu> {
 
 /// The `cloud-hypervisor` driver, or `None` with a word why.
 pub(crate) async fn cloud_hypervisor() -> Option<CloudHypervisor> {
+    cloud_hypervisor_in(None).await
+}
+
+/// The same with a cache of its own for templates.
+pub(crate) async fn cloud_hypervisor_in(cache: Option<&Path>) -> Option<CloudHypervisor> {
     let Some(program) = std::env::var_os(PROGRAM_VARIABLE).filter(|path| !path.is_empty()) else {
         eprintln!("SKIPPED: no Cloud Hypervisor binary");
         return None;
     };
     let QemuConfig { cache_dir, kernel, initramfs, .. } = config()?;
+    let cache_dir = cache.map_or(cache_dir, Path::to_owned);
     let wanted = CloudHypervisorConfig { cache_dir, program: program.into(), kernel, initramfs };
     match CloudHypervisor::new(wanted).await {
         Ok(driver) => Some(driver),

@@ -2,16 +2,19 @@
 //! must not be shared.
 
 use std::collections::BTreeSet;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
+use futures_util::future::BoxFuture;
 use towline_node_agent::guest_link::GuestLink;
+use towline_node_agent::hypervisor::cloud_hypervisor::CloudHypervisor;
 use towline_node_agent::hypervisor::qemu::Qemu;
 use towline_node_agent::hypervisor::{Hypervisor, VmShape};
 use towline_proto::v1::{ExecStart, GuestConfigure, User};
 
 use crate::guest::{
-    BOOT_MAX, Guest, SECRET, config, configuration, layer, run_async, spec, start, vm_dir,
+    BOOT_MAX, Guest, SECRET, cloud_hypervisor_in, config, configuration, layer, run_async, spec,
+    start, vm_dir,
 };
 
 const SHAPE: VmShape = VmShape { cpus: 1, memory_mib: 320 };
@@ -56,11 +59,21 @@ perl -e 'open F, "<", "/proc/self/auxv"; local $/; $_ = <F>; print unpack("H*", 
 if type ssh-keygen > /dev/null 2>&1; then echo root:x:0:0::/root:/bin/sh > /etc/passwd; ssh-keygen -q -t ed25519 -N "" -f /root/key < /dev/null && cat /root/key.pub; fi
 "#;
 
-/// A driver whose templates are this test's own.
-async fn driver(cache: &Path) -> Option<Qemu> {
-    let mut config = config()?;
-    cache.clone_into(&mut config.cache_dir);
-    Some(Qemu::new(config).await.unwrap())
+/// Whether a cache may be the test's own: templates are in it, and the guest kernel is not.
+type Making<D> = fn(&Path) -> BoxFuture<'_, Option<D>>;
+
+/// QEMU, with templates of this test's own.
+fn own_qemu(cache: &Path) -> BoxFuture<'_, Option<Qemu>> {
+    Box::pin(async move {
+        let mut config = config()?;
+        cache.clone_into(&mut config.cache_dir);
+        Some(Qemu::new(config).await.unwrap())
+    })
+}
+
+/// Cloud Hypervisor, with templates of this test's own.
+fn own_cloud_hypervisor(cache: &Path) -> BoxFuture<'_, Option<CloudHypervisor>> {
+    Box::pin(cloud_hypervisor_in(Some(cache)))
 }
 
 async fn configure(guest: &mut Guest, number: u8) {
@@ -81,9 +94,18 @@ async fn script(guest: &Guest, script: &str) -> String {
 
 #[test]
 fn vm_that_is_restored_is_what_a_booted_one_is_and_shares_no_secret() {
+    restored_is_as_booted(own_qemu);
+}
+
+#[test]
+fn cloud_hypervisor_that_is_restored_is_what_a_booted_one_is_and_shares_no_secret() {
+    restored_is_as_booted(own_cloud_hypervisor);
+}
+
+fn restored_is_as_booted<D: Hypervisor>(making: Making<D>) {
     run_async(async {
         let cache = tempfile::tempdir().unwrap();
-        let Some(driver) = driver(cache.path()).await else { return };
+        let Some(driver) = making(cache.path()).await else { return };
         assert!(driver.capabilities().snapshot);
         let dirs = [vm_dir(), vm_dir(), vm_dir()];
         let [(_, first), (_, second), (_, third)] = &dirs;
@@ -148,9 +170,19 @@ fn check_kept(templates: &Path) {
     names.sort();
     let [template, lock] = &names[..] else { panic!("{names:?}") };
     assert!(template.ends_with("-1x320.template") && lock == "lock", "{names:?}");
-    let meta = std::fs::metadata(templates.join(template)).unwrap();
-    assert_eq!(meta.permissions().mode() & 0o777, 0o600);
-    assert!(meta.len() < 200 << 20, "{} bytes", meta.len());
+    let mut bytes = 0;
+    for path in [templates.join(template)].iter().flat_map(|path| files(path)) {
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!(meta.permissions().mode() & 0o077, 0, "{}", path.display());
+        bytes += meta.blocks() * 512;
+    }
+    assert!(bytes < 200 << 20, "{bytes} bytes");
+}
+
+/// A file, or all of a folder and itself.
+fn files(path: &Path) -> Vec<PathBuf> {
+    let inside = std::fs::read_dir(path).into_iter().flatten().flatten();
+    inside.map(|entry| entry.path()).chain([path.to_owned()]).collect()
 }
 
 async fn check_clock(guest: &Guest) {
@@ -184,7 +216,7 @@ async fn check_later_session(mut guest: Guest) {
 fn vm_whose_template_is_damaged_ends_and_the_template_can_be_dropped() {
     run_async(async {
         let cache = tempfile::tempdir().unwrap();
-        let Some(driver) = driver(cache.path()).await else { return };
+        let Some(driver) = own_qemu(cache.path()).await else { return };
         driver.make_template(SHAPE).await.unwrap();
         let templates = cache.path().join("templates");
         let template = std::fs::read_dir(&templates)

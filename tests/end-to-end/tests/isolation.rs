@@ -82,11 +82,12 @@ impl Sandbox<'_> {
     }
 
     fn check_shown(&mut self) {
-        let done = self.run("pwd; uname -r; id -un; echo err >&2; exit 7").expect(7);
+        let boot = "/proc/sys/kernel/random/boot_id";
+        let done = self.run(&format!("pwd; cat {boot}; id -un; echo err >&2; exit 7")).expect(7);
         let out = done.out();
         let lines: Vec<_> = out.lines().collect();
         assert_eq!(Path::new(lines[0]), self.folder.canonicalize().unwrap());
-        let here = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let here = std::fs::read_to_string(boot).unwrap();
         assert_eq!(lines[1] != here.trim(), self.kind.own_kernel, "{out}");
         let shown = self.inspect();
         assert!(shown["isolation"].as_str().unwrap().starts_with(self.kind.name), "{shown}");

@@ -1,5 +1,8 @@
 //! What one VM is made of, as `vm.create` takes it. Paths of sockets are relative to the VM's
 //! directory, which is the process's working directory.
+//!
+//! Every device has a place of its own on the bus, so that a guest that was saved before its disks
+//! were known sees them, when they are plugged in, as one that was booted with them.
 
 use std::path::Path;
 
@@ -8,6 +11,13 @@ use serde::Serialize;
 use super::CloudHypervisor;
 use crate::hypervisor::{HypervisorError, LINK_SOCKET, VmSpec};
 
+/// Changes when a machine saved by another version of this file would not fit any more.
+pub(super) const MACHINE: &str = "v1";
+/// Places on the bus. Disks follow, the sandbox's own after that which it can do without: a guest
+/// that sees its own has seen those before.
+const VSOCK_SLOT: u8 = 2;
+const RNG_SLOT: u8 = 3;
+const DISKS_SLOT: u8 = 4;
 /// Every guest's own number: each VMM has a vsock of its own, so they never meet.
 const CID: u64 = 3;
 
@@ -44,9 +54,11 @@ struct Payload {
     cmdline: &'static str,
 }
 
+/// Also what `vm.add-disk` takes.
 #[derive(Debug, Serialize)]
-struct Disk {
+pub(super) struct Disk {
     id: String,
+    pci_device_id: u8,
     serial: String,
     path: String,
     readonly: bool,
@@ -56,6 +68,7 @@ struct Disk {
 #[derive(Debug, Serialize)]
 struct Rng {
     src: &'static str,
+    pci_device_id: u8,
 }
 
 #[derive(Debug, Serialize)]
@@ -69,6 +82,7 @@ struct Console {
 struct Vsock {
     cid: u64,
     socket: &'static str,
+    pci_device_id: u8,
 }
 
 /// Of a spec whose paths are absolute.
@@ -83,16 +97,6 @@ pub(super) fn of(vmm: &CloudHypervisor, spec: &VmSpec) -> Result<VmConfig, Hyper
         true => "panic=-1 cryptomgr.notests random.trust_cpu=on console=ttyS0 loglevel=7",
         false => "panic=-1 cryptomgr.notests random.trust_cpu=on quiet",
     };
-    let mut disks = Vec::new();
-    if let Some(upper) = &spec.upper {
-        disks.push(disk("upper", upper, false)?);
-    }
-    if let Some(modules) = &vmm.kernel.modules_disk {
-        disks.push(disk("modules", modules, true)?);
-    }
-    for (number, layer) in spec.layers.iter().enumerate() {
-        disks.push(disk(&format!("layer{number}"), layer, true)?);
-    }
     Ok(VmConfig {
         cpus: Cpus { boot_vcpus: spec.cpus, max_vcpus: spec.cpus, nested: false },
         memory: Memory { size: spec.memory_mib << 20 },
@@ -101,23 +105,36 @@ pub(super) fn of(vmm: &CloudHypervisor, spec: &VmSpec) -> Result<VmConfig, Hyper
             initramfs: text(&vmm.initramfs)?,
             cmdline,
         },
-        disks,
-        rng: Rng { src: "/dev/urandom" },
+        disks: disks(vmm, spec)?,
+        rng: Rng { src: "/dev/urandom", pci_device_id: RNG_SLOT },
         serial,
         console: off,
-        vsock: Vsock { cid: CID, socket: LINK_SOCKET },
+        vsock: Vsock { cid: CID, socket: LINK_SOCKET, pci_device_id: VSOCK_SLOT },
     })
 }
 
-fn disk(name: &str, path: &Path, readonly: bool) -> Result<Disk, HypervisorError> {
-    Ok(Disk {
-        id: name.to_owned(),
-        serial: name.to_owned(),
-        path: text(path)?,
-        readonly,
-        // Never guessed from what a guest wrote.
-        image_type: "Raw",
-    })
+/// The disks of a VM. A machine that is to be saved has none yet.
+pub(super) fn disks(vmm: &CloudHypervisor, spec: &VmSpec) -> Result<Vec<Disk>, HypervisorError> {
+    let Some(upper) = &spec.upper else { return Ok(Vec::new()) };
+    let modules = vmm.kernel.modules_disk.iter().map(|path| ("modules".to_owned(), path, true));
+    let layers = spec.layers.iter().enumerate();
+    let layers = layers.map(|(number, path)| (format!("layer{number}"), path, true));
+    modules
+        .chain([("upper".to_owned(), upper, false)])
+        .chain(layers)
+        .zip(DISKS_SLOT..)
+        .map(|((name, path, readonly), pci_device_id)| {
+            Ok(Disk {
+                id: name.clone(),
+                pci_device_id,
+                serial: name,
+                path: text(path)?,
+                readonly,
+                // Never guessed from what a guest wrote.
+                image_type: "Raw",
+            })
+        })
+        .collect()
 }
 
 fn text(path: &Path) -> Result<String, HypervisorError> {

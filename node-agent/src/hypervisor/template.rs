@@ -7,26 +7,22 @@
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use futures_util::future::BoxFuture;
 use rustix::fs::{FlockOperation, flock};
-use serde_json::json;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 
-use super::{Qemu, Start, command};
+use super::processes::boot_id;
+use super::{HypervisorError, Vm, VmShape, VmSpec, Vmm};
 use crate::guest_link::GuestLink;
-use crate::hypervisor::processes::boot_id;
-use crate::hypervisor::qmp::Qmp;
-use crate::hypervisor::{Vm, VmShape, VmSpec, Vmm};
-use crate::kernel::digest;
+use crate::kernel::{Kernel, digest};
 
-/// Largest file: a guest that has just booted holds about 100 MiB that are not zero.
-pub(super) const SIZE_MAX: u64 = 1 << 30;
 /// Larger guests are booted: what a kernel notes about each page makes their files large too.
 const MEMORY_MAX_MIB: u64 = 16 << 10;
 /// Templates that are kept, of all machines that share the cache: the last used.
@@ -43,63 +39,92 @@ const QUIT_MAX: Duration = Duration::from_secs(2);
 const SUFFIX: &str = "template";
 const MAKING: &str = "making-";
 
+/// What makes templates of itself.
+pub(super) trait Saves: Sync {
+    /// The program, to find what a killed maker left running.
+    fn program(&self) -> (&Path, Vmm);
+
+    /// Starts a guest that is to be saved, in the background.
+    fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>>;
+
+    /// Halts the guest and writes all of it to `to`, which is not there yet.
+    fn save<'a>(&'a self, vm: &'a Vm, to: &'a Path) -> BoxFuture<'a, io::Result<()>>;
+
+    /// Starts a guest from what was saved.
+    fn restore<'a>(
+        &'a self,
+        spec: &'a VmSpec,
+        saved: &'a Path,
+    ) -> BoxFuture<'a, Result<Vm, HypervisorError>>;
+}
+
 /// The templates of one cache.
 #[derive(Debug)]
 pub(super) struct Templates {
     dir: PathBuf,
     /// What they are templates of.
-    pub(super) key: String,
+    key: String,
     drops: Mutex<BTreeMap<VmShape, u32>>,
 }
 
-/// Everything that a saved guest must find again.
-pub(super) fn key(qemu: &Qemu) -> String {
-    let accel = qemu.capabilities.accel;
-    let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let processor: Vec<&str> = processor
-        .split("\n\n")
-        .next()
-        .unwrap_or_default()
-        .lines()
-        .filter(|line| line.starts_with("model name") || line.starts_with("flags"))
-        .collect();
-    let program = fs::metadata(&qemu.program).map(|meta| (meta.len(), meta.mtime())).ok();
-    let parts = json!([
-        command::MACHINE,
-        qemu.kernel.digest,
-        qemu.initramfs.file_name().map(|name| name.to_string_lossy()),
-        qemu.capabilities.version,
-        program,
-        accel.as_str(),
-        command::cpu(accel),
-        processor,
-        boot_id(),
-    ]);
-    digest(parts.to_string().as_bytes())[..24].to_owned()
+/// Everything that a saved guest must find again, but its shape.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fits<'a> {
+    pub(super) program: &'a Path,
+    pub(super) version: &'a str,
+    pub(super) kernel: &'a Kernel,
+    pub(super) initramfs: &'a Path,
+    /// What the driver makes of a shape.
+    pub(super) machine: &'a [&'a str],
+}
+
+impl Fits<'_> {
+    fn key(&self) -> String {
+        let processor = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let processor: Vec<&str> = processor
+            .split("\n\n")
+            .next()
+            .unwrap_or_default()
+            .lines()
+            .filter(|line| line.starts_with("model name") || line.starts_with("flags"))
+            .collect();
+        let program = fs::metadata(self.program).map(|meta| (meta.len(), meta.mtime())).ok();
+        let parts: Value = json!([
+            self.machine,
+            self.kernel.digest,
+            self.initramfs.file_name().map(|name| name.to_string_lossy()),
+            self.version,
+            program,
+            processor,
+            boot_id(),
+        ]);
+        digest(parts.to_string().as_bytes())[..24].to_owned()
+    }
 }
 
 impl Templates {
-    pub(super) fn new(cache_dir: &Path) -> Self {
-        Self { dir: cache_dir.join("templates"), key: String::new(), drops: Mutex::default() }
+    pub(super) fn new(cache_dir: &Path, fits: &Fits<'_>) -> Self {
+        Self { dir: cache_dir.join("templates"), key: fits.key(), drops: Mutex::default() }
     }
 
-    /// The template of a shape, to read.
-    pub(super) fn open(&self, shape: VmShape) -> Option<OwnedFd> {
-        let file = File::open(self.path(shape)).ok()?;
+    /// The template of a shape: its path, and what keeps it until it is read.
+    pub(super) fn open(&self, shape: VmShape) -> Option<(PathBuf, File)> {
+        let path = self.path(shape);
+        let file = File::open(&path).ok()?;
         // The last used are kept.
         let _ = file.set_modified(SystemTime::now());
-        Some(file.into())
+        Some((path, file))
     }
 
     /// Forgets a template that did not work. After a few times there will be no other.
     pub(super) fn drop(&self, shape: VmShape) {
         let mut drops = self.drops.lock().unwrap_or_else(PoisonError::into_inner);
         *drops.entry(shape).or_default() += 1;
-        let _ = fs::remove_file(self.path(shape));
+        remove(&self.path(shape));
     }
 
     /// Makes the template of a shape, unless it is there or another process makes one now.
-    pub(super) async fn make(&self, qemu: &Qemu, shape: VmShape) -> Result<(), String> {
+    pub(super) async fn make(&self, vmm: &dyn Saves, shape: VmShape) -> Result<(), String> {
         let dropped =
             self.drops.lock().unwrap_or_else(PoisonError::into_inner).get(&shape).copied();
         let hopeless =
@@ -108,14 +133,14 @@ impl Templates {
             return Ok(());
         }
         let Some(_lock) = self.lock().map_err(|error| error.to_string())? else { return Ok(()) };
-        self.clean(&qemu.program);
+        self.clean(vmm.program());
         let work = tempfile::Builder::new()
             .prefix(MAKING)
             .tempdir_in(&self.dir)
             .map_err(|error| format!("no directory for it: {error}"))?;
-        let file = save(qemu, shape, &work).await?;
-        try_it(qemu, shape, &work, &file).await?;
-        fs::rename(&file, self.path(shape)).map_err(|error| format!("not kept: {error}"))?;
+        let saved = save(vmm, shape, &work).await?;
+        try_it(vmm, shape, &work, &saved).await?;
+        fs::rename(&saved, self.path(shape)).map_err(|error| format!("not kept: {error}"))?;
         self.forget_old();
         Ok(())
     }
@@ -142,11 +167,11 @@ impl Templates {
     }
 
     /// Ends and removes what a killed process has left; the lock is ours, so nobody is at it.
-    fn clean(&self, program: &Path) {
+    fn clean(&self, (program, vmm): (&Path, Vmm)) {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(MAKING) {
                 for place in [SAVED_IN, TRIED_IN] {
-                    if let Some(vm) = Vm::find(&entry.path().join(place), program, Vmm::Qemu) {
+                    if let Some(vm) = Vm::find(&entry.path().join(place), program, vmm) {
                         let _ = vm.kill();
                     }
                 }
@@ -168,9 +193,14 @@ impl Templates {
         templates.sort();
         let many = templates.len().saturating_sub(KEPT_MAX);
         for (_, path) in &templates[..many] {
-            let _ = fs::remove_file(path);
+            remove(path);
         }
     }
+}
+
+/// A template is a file or a folder.
+fn remove(path: &Path) {
+    let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
 }
 
 const SAVED_IN: &str = "save";
@@ -193,38 +223,31 @@ fn spec(shape: VmShape, work: &TempDir, place: &str) -> Result<VmSpec, String> {
     Ok(VmSpec { cpus, memory_mib, processes_max, layers, upper: None, dir, console: false })
 }
 
-async fn save(qemu: &Qemu, shape: VmShape, work: &TempDir) -> Result<PathBuf, String> {
+async fn save(vmm: &dyn Saves, shape: VmShape, work: &TempDir) -> Result<PathBuf, String> {
     let spec = spec(shape, work, SAVED_IN)?;
-    let accel = qemu.capabilities.accel;
-    let vm = qemu.spawn(&spec, accel, Start::ToBeSaved).map_err(|error| crate::chain(&error))?;
+    let vm = vmm.start(&spec).await.map_err(|error| crate::chain(&error))?;
     let vm = Temporary(vm);
     let link = hello(&vm.0).await?;
     sleep(SETTLE).await;
-    let path = work.path().join("template");
-    let file = OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&path)
-        .map_err(|error| error.to_string())?;
-    timeout(SAVE_MAX, migrate(&vm.0, &file))
+    let to = work.path().join("template");
+    timeout(SAVE_MAX, vmm.save(&vm.0, &to))
         .await
         .map_err(|_| format!("it could not be saved within {} s", SAVE_MAX.as_secs()))?
         .map_err(|error| format!("it could not be saved: {error}"))?;
     drop(link);
     vm.0.quit(QUIT_MAX).await.map_err(|error| error.to_string())?;
-    let synced = tokio::task::spawn_blocking(move || file.sync_all()).await;
-    synced.map_err(io::Error::other).flatten().map_err(|error| format!("not written: {error}"))?;
-    Ok(path)
+    Ok(to)
 }
 
 /// Restores it once, as a start would: a template that does not answer is none.
-async fn try_it(qemu: &Qemu, shape: VmShape, work: &TempDir, file: &Path) -> Result<(), String> {
+async fn try_it(
+    vmm: &dyn Saves,
+    shape: VmShape,
+    work: &TempDir,
+    saved: &Path,
+) -> Result<(), String> {
     let spec = spec(shape, work, TRIED_IN)?;
-    let saved = File::open(file).map_err(|error| error.to_string())?;
-    let start = Start::Restore(saved.into());
-    let accel = qemu.capabilities.accel;
-    let vm = qemu.spawn(&spec, accel, start).map_err(|error| crate::chain(&error))?;
+    let vm = vmm.restore(&spec, saved).await.map_err(|error| crate::chain(&error))?;
     let vm = Temporary(vm);
     hello(&vm.0).await.map_err(|problem| format!("restored, {problem}"))?;
     vm.0.quit(QUIT_MAX).await.map_err(|error| error.to_string()).map(drop)
@@ -237,29 +260,4 @@ async fn hello(vm: &Vm) -> Result<GuestLink, String> {
         return Err("the guest says that it is configured already".into());
     }
     Ok(link)
-}
-
-/// Halts the guest and writes memory and devices to the file.
-async fn migrate(vm: &Vm, file: &File) -> io::Result<()> {
-    const NAME: &str = "template";
-    let mut qmp = Qmp::connect(vm.dir()).await?;
-    let events = json!([{ "capability": "events", "state": true }]);
-    qmp.execute("migrate-set-capabilities", json!({ "capabilities": events })).await?;
-    // Its default is made for networks.
-    qmp.execute("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 40 })).await?;
-    qmp.execute("stop", json!({})).await?;
-    qmp.hand_over(NAME, file.as_fd()).await?;
-    qmp.execute("migrate", json!({ "uri": format!("fd:{NAME}") })).await?;
-    loop {
-        let status = qmp.event("MIGRATION").await?;
-        match status["status"].as_str().unwrap_or_default() {
-            "completed" => return Ok(()),
-            "failed" | "cancelled" => {
-                let info = qmp.execute("query-migrate", json!({})).await?;
-                let reason = info["error-desc"].as_str().unwrap_or("QEMU does not say why");
-                return Err(io::Error::other(reason.to_owned()));
-            }
-            _ => {}
-        }
-    }
 }
