@@ -1,5 +1,5 @@
 //! Finds and ends the processes of one cluster: those whose command line or environment names its
-//! folder. Ends nothing else.
+//! folder, or that run in it. Ends nothing else.
 
 use std::path::Path;
 
@@ -25,8 +25,12 @@ pub fn of(folder: &Path) -> Vec<Process> {
         let Ok(pid) = name.parse::<i32>() else { continue };
         let read = |file: &str| std::fs::read(entry.path().join(file)).unwrap_or_default();
         let (command, environment) = (read("cmdline"), read("environ"));
+        let works_in = std::fs::read_link(entry.path().join("cwd")).unwrap_or_default();
         let names_it = |bytes: &[u8]| bytes.windows(folder.len()).any(|part| part == folder);
-        if name != own && !command.is_empty() && (names_it(&command) || names_it(&environment)) {
+        let belongs = names_it(&command)
+            || names_it(&environment)
+            || names_it(works_in.as_os_str().as_encoded_bytes());
+        if name != own && !command.is_empty() && belongs {
             let command_line = String::from_utf8_lossy(&command).replace('\0', " ");
             found.push(Process { pid, command_line, started: start_time(pid) });
         }
