@@ -17,6 +17,9 @@ const PROBE: &str = include_str!("network/probe.py");
 /// that came.
 const WATCH: &str = include_str!("network/watch.py");
 
+/// Tries from a network namespace within the sandbox.
+const NESTED: &str = include_str!("network/nested.sh");
+
 /// Where the other end is: one address of each kind that must not be reached, and a public one.
 const FORBIDDEN: &[&str] = &[
     "10.77.0.1",
@@ -28,6 +31,8 @@ const FORBIDDEN: &[&str] = &[
     "fd00:77::1",
 ];
 const PUBLIC: &str = "11.77.0.1";
+/// Public, and nobody has a way there.
+const UNROUTABLE: &str = "12.77.0.1";
 /// The node's own, on its end of the wire.
 const OWN: &[&str] = &["10.77.0.2", "11.77.0.2", "fd00:77::2"];
 /// The node's loopback and other notations of it, which nobody but the node has.
@@ -77,6 +82,7 @@ fn root_in_the_guest_reaches_nothing_that_it_must_not() {
         let wanted: &[&str] = if policy == "public" { &[PUBLIC] } else { &[] };
         assert_eq!(reached, wanted, "under policy {policy}");
     }
+    check_nested(&cluster, "public");
     let far = std::fs::read_to_string(&far).unwrap();
     for address in FORBIDDEN {
         assert!(!far.contains(&format!("packet {address}\n")), "{address} heard of it:\n{far}");
@@ -84,6 +90,25 @@ fn root_in_the_guest_reaches_nothing_that_it_must_not() {
     assert!(far.contains(&format!("packet {PUBLIC}\n")), "the watcher sees what comes:\n{far}");
     let near = std::fs::read_to_string(&near).unwrap();
     assert!(!near.contains("accepted") && !near.contains("datagram"), "{near}");
+}
+
+/// A namespace within the sandbox, as a container engine makes them, is told the truth, too.
+fn check_nested(cluster: &Cluster, name: &str) {
+    let port = PORT.to_string();
+    let exec = ["exec", "--no-sync", "-u", "root", name, "--", "sh", "-c", NESTED, "nested"];
+    let targets = [&port, PUBLIC, UNROUTABLE, "10.77.0.1", "169.254.169.254", "11.77.0.2"];
+    let done = cluster.tow(exec.into_iter().chain(targets)).finish(BOOT).ok();
+    let wanted = [
+        format!("{PUBLIC}:{port} hello"),
+        format!("{PUBLIC}:9 ECONNREFUSED"),
+        format!("{UNROUTABLE}:{port} EHOSTUNREACH"),
+        format!("10.77.0.1:{port} ECONNREFUSED"),
+        format!("169.254.169.254:{port} ECONNREFUSED"),
+        format!("11.77.0.2:{port} ECONNREFUSED"),
+    ];
+    let said = done.out();
+    let lines: Vec<_> = said.lines().collect();
+    assert_eq!(lines, wanted);
 }
 
 /// What root in a new sandbox reached.
