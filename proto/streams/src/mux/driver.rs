@@ -231,10 +231,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Pipe<S> {
         cx: &mut Context<'_>,
         mut take: impl FnMut(Option<Bytes>) -> io::Result<()>,
     ) -> io::Result<bool> {
-        let mut end = false;
+        let (mut end, mut came) = (false, false);
         for _ in 0..READS_PER_ROUND {
             if self.room.capacity() - self.room.len() < READ_ROOM_MIN {
                 if !self.room.is_empty() {
+                    came = true;
                     take(Some(self.room.split().freeze()))?;
                 }
                 self.room.reserve(READ_ROOM);
@@ -249,8 +250,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Pipe<S> {
                 Poll::Pending => break,
             }
         }
-        let came = !self.room.is_empty();
-        if came {
+        if !self.room.is_empty() {
+            came = true;
             take(Some(self.room.split().freeze()))?;
         }
         if end {
@@ -270,4 +271,65 @@ fn poll_read_into<S: AsyncRead + Unpin>(
 
 fn invalid(error: impl std::error::Error + Send + Sync + 'static) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use super::*;
+
+    /// Gives so many bytes, and then none for now.
+    struct Once(usize);
+
+    impl AsyncRead for Once {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            into: &mut tokio::io::ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            let len = self.0.min(into.remaining());
+            if len == 0 {
+                return Poll::Pending;
+            }
+            into.put_slice(&vec![1; len]);
+            self.0 -= len;
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Once {
+        fn poll_write(
+            self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            _: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            Poll::Pending
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    /// What was taken may have something to be written follow, which nothing else wakes the driver
+    /// for: also when it was taken because the room was nearly full.
+    #[test]
+    fn whatever_comes_is_said_to_have_come() {
+        for bytes in (1..200).chain(READ_ROOM - READ_ROOM_MIN..READ_ROOM + READ_ROOM_MIN) {
+            let mut pipe = Pipe::new(Once(bytes));
+            let mut taken = 0;
+            let mut cx = Context::from_waker(Waker::noop());
+            let came = pipe.poll_read(&mut cx, |bytes| {
+                taken += bytes.map_or(0, |bytes| bytes.len());
+                Ok(())
+            });
+            assert_eq!((came.unwrap(), taken), (true, bytes));
+            assert!(!pipe.poll_read(&mut cx, |_| unreachable!()).unwrap());
+        }
+    }
 }
