@@ -18,7 +18,7 @@ const WINDOW: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_secs(20);
 /// What the node is to promise: a limit of each sandbox, none of which uses it.
 const OFFERS: &str = "cpus = 100000\nmemory_mib = 10000000\ndisk_mib = 10000000\n";
-const SHAPE: &[&str] = &["--cpus", "1", "--memory", "96MiB", "--disk", "1GiB"];
+const SHAPE: &[&str] = &["--cpus", "1", "--memory", "128MiB", "--disk", "1GiB"];
 
 /// Compares the same node agent before and after it got them.
 pub(crate) fn measure(bin_dir: &Path, sandboxes: u32) -> anyhow::Result<Vec<Row>> {
