@@ -229,6 +229,15 @@ pub enum HypervisorError {
         /// Which it is, and which would be right.
         problem: String,
     },
+    /// Sandboxes run under another VMM, and would be lost.
+    #[error(
+        "sandboxes of this node run under {running}, and only that can take them up: stop them \
+         first (tow stop), or set vmm = \"{running}\""
+    )]
+    InUse {
+        /// The VMM that they run under.
+        running: &'static str,
+    },
     /// A VMM refused an order.
     #[error("the VMM in `{dir}` refused {order}: {problem}")]
     Refused {

@@ -60,7 +60,7 @@ use guests::Guests;
 use hypervisor::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
 use hypervisor::process::Process;
 use hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
-use hypervisor::{Hypervisor, HypervisorError, Hypervisors};
+use hypervisor::{Hypervisor, HypervisorError, Hypervisors, Vm, Vmm};
 use images::Images;
 use machine::Machine;
 use membership::Membership;
@@ -97,7 +97,8 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
     let store = Arc::new(Store::open(&config.data_dir)?);
     let wanted = config.clone();
     let qemu = tokio::task::spawn_blocking(move || prepare(&wanted)).await??;
-    let mut drivers = vec![vm_driver(&config, qemu).await.context("looking for a hypervisor")?];
+    let mut drivers =
+        vec![vm_driver(&config, &store, qemu).await.context("looking for a hypervisor")?];
     if config.isolation_process {
         let process = Process::new(&config.guest_agent);
         drivers.push(Arc::new(process.context("`isolation_process = true` is configured")?));
@@ -117,12 +118,25 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
     run(config, store, Hypervisors::new(drivers), outside, Path::new("/"), stop).await
 }
 
-/// The driver for VMs, as configured.
+/// The driver for VMs, as configured. Where VMs of an earlier node agent run, it is theirs.
 async fn vm_driver(
     config: &Config,
+    store: &Store,
     qemu: QemuConfig,
 ) -> Result<Arc<dyn Hypervisor>, HypervisorError> {
-    let wanted = match config.vmm {
+    let sandboxes = store.sandboxes().unwrap_or_default();
+    let running = sandboxes.into_iter().find_map(|id| Vm::vmm_in(&store.sandbox(id).vm()));
+    let choice = match (config.vmm, running) {
+        (choice, None)
+        | (choice @ VmmChoice::Qemu, Some(Vmm::Qemu))
+        | (choice @ VmmChoice::CloudHypervisor, Some(Vmm::CloudHypervisor)) => choice,
+        (VmmChoice::Auto, Some(Vmm::Qemu)) => VmmChoice::Qemu,
+        (VmmChoice::Auto, Some(Vmm::CloudHypervisor)) => VmmChoice::CloudHypervisor,
+        (VmmChoice::Qemu | VmmChoice::CloudHypervisor, Some(running)) => {
+            return Err(HypervisorError::InUse { running: running.as_str() });
+        }
+    };
+    let wanted = match choice {
         VmmChoice::Qemu => None,
         VmmChoice::Auto if config.accel == AccelChoice::Tcg => None,
         VmmChoice::Auto => config.cloud_hypervisor.clone(),
@@ -135,7 +149,7 @@ async fn vm_driver(
         let wanted = CloudHypervisorConfig { cache_dir, program, kernel, initramfs };
         match CloudHypervisor::new(wanted).await {
             Ok(driver) => return Ok(Arc::new(driver)),
-            Err(error) if config.vmm == VmmChoice::CloudHypervisor => return Err(error),
+            Err(error) if choice == VmmChoice::CloudHypervisor => return Err(error),
             Err(error) => tracing::info!(reason = chain(&error), "cloud hypervisor not used"),
         }
     }

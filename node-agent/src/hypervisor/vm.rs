@@ -96,6 +96,14 @@ pub enum Vmm {
 }
 
 impl Vmm {
+    /// As `vmm` of the configuration names it.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Qemu => "qemu",
+            Self::CloudHypervisor => "cloud-hypervisor",
+        }
+    }
+
     /// What its process is called in an exit.
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -274,6 +282,18 @@ impl Vm {
         (vm.identity == noted).then_some(vm)
     }
 
+    /// What the VM that is noted in this directory runs under, if it still does. A driver takes up
+    /// the VMs of its own program only.
+    pub fn vmm_in(dir: &Path) -> Option<Vmm> {
+        let noted = read_identity(dir).filter(|noted| !is_sandbox(noted))?;
+        let runs = noted.boot_id == boot_id()
+            && start_time(noted.pid) == Some(noted.start_time)
+            && executable(noted.pid)? == noted.executable;
+        let name = noted.executable.file_name()?.to_string_lossy();
+        let is_qemu = name.starts_with("qemu-system");
+        runs.then_some(if is_qemu { Vmm::Qemu } else { Vmm::CloudHypervisor })
+    }
+
     /// The VM that runs in this directory with this program: the one noted there, or, when a node
     /// agent died before it could note it, the one that is found.
     pub fn find(dir: &Path, program: &Path, vmm: Vmm) -> Option<Self> {
@@ -388,4 +408,24 @@ fn memory_log(log: &File) -> String {
     let written = bytes[..read].iter().rposition(|&byte| byte != 0).map_or(0, |last| last + 1);
     let shown = written.saturating_sub(usize::try_from(LOG_SHOWN).unwrap_or(0));
     String::from_utf8_lossy(&bytes[shown..written]).trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_runs_in_a_directory_is_known_until_it_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Vm::vmm_in(dir.path()), None);
+        let child = Command::new("sleep").arg("1000").current_dir(dir.path()).spawn().unwrap();
+        let vm = Vm::started(child, dir.path(), Vmm::CloudHypervisor).unwrap();
+        let while_it_ran = Vm::vmm_in(dir.path());
+        vm.kill().unwrap();
+        vm.wait_exit().await;
+        assert_eq!(while_it_ran, Some(Vmm::CloudHypervisor));
+        assert_eq!(Vm::vmm_in(dir.path()), None);
+    }
 }
