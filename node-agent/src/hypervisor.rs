@@ -306,6 +306,17 @@ impl VmSpec {
         VmShape { cpus: self.cpus, memory_mib: self.memory_mib }
     }
 
+    /// The same with no path that depends on where the VMM runs, or on links.
+    fn absolute(&self) -> Result<Self, HypervisorError> {
+        let resolve =
+            |path: &PathBuf| std::fs::canonicalize(path).map_err(HypervisorError::io("find", path));
+        Ok(Self {
+            layers: self.layers.iter().map(resolve).collect::<Result<_, _>>()?,
+            upper: self.upper.as_ref().map(resolve).transpose()?,
+            ..self.clone()
+        })
+    }
+
     /// Refuses what no driver can start.
     pub fn check(&self) -> Result<(), HypervisorError> {
         let refuse = |problem: String| Err(HypervisorError::Spec(problem));

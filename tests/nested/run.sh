@@ -25,7 +25,7 @@ built() {
 conformance=$(built conformance)
 isolation=$(built isolation)
 
-work=$(mktemp -d /tmp/nested-XXXXXX)
+work=$(mktemp -d)
 for name in run data config state project; do mkdir "$work/$name"; done
 export XDG_RUNTIME_DIR="$work/run" XDG_DATA_HOME="$work/data" XDG_CONFIG_HOME="$work/config"
 export XDG_STATE_HOME="$work/state" TOWLINE_CACHE="$cache" TOWLINE_ACCEL=tcg

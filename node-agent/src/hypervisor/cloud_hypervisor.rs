@@ -20,9 +20,8 @@ use towline_proto::v1::Isolation;
 
 use super::confine::{self, Allowed, Limits};
 use super::probe::{self, Subject};
-use super::qemu::{absolute, remove_stale};
 use super::template::{Fits, Saves, Templates};
-use super::vm::LOG_FILE;
+use super::vm::{LOG_FILE, remove_stale};
 use super::{
     Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, Vmm, vm,
 };
@@ -40,8 +39,6 @@ const INSTALL: &str = "install Cloud Hypervisor (the static binary of a release)
                        `cloud_hypervisor`";
 /// What it may map besides the guest's memory: each disk and CPU has a thread with 8 MiB of stack.
 const OVERHEAD_MIB: u64 = 1024;
-/// What it may write to a log where no disk is larger.
-const LOGS_MAX: u64 = 64 << 20;
 /// Making a VM opens its disks.
 const CREATE_MAX: Duration = Duration::from_secs(30);
 /// Plugging a disk in, or letting a restored guest run.
@@ -180,7 +177,7 @@ impl CloudHypervisor {
         } else {
             None
         };
-        let mut limits = limits(spec);
+        let mut limits = Limits::of(spec, OVERHEAD_MIB);
         if let Start::ToBeSaved = start {
             limits.file_bytes = limits.file_bytes.max(spec.memory_mib << 20);
         }
@@ -223,7 +220,7 @@ impl CloudHypervisor {
     async fn start(&self, spec: &VmSpec, start: Start<'_>) -> Result<Vm, HypervisorError> {
         spec.check()?;
         let dir = fs::canonicalize(&spec.dir).map_err(HypervisorError::io("find", &spec.dir))?;
-        let spec = VmSpec { dir, ..absolute(spec)? };
+        let spec = VmSpec { dir, ..spec.absolute()? };
         let vm = self.spawn(&spec, start)?;
         let orders = self.orders(&spec, start);
         let told = tokio::select! {
@@ -327,15 +324,6 @@ impl Saves for CloudHypervisor {
         saved: &'a Path,
     ) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
         Box::pin(Self::start(self, spec, Start::Restore(saved)))
-    }
-}
-
-/// Bounds for the process that hold on any machine; a healthy one stays far below.
-fn limits(spec: &VmSpec) -> Limits {
-    let disk = spec.upper.as_ref().and_then(|path| fs::metadata(path).ok());
-    Limits {
-        data_bytes: (spec.memory_mib + OVERHEAD_MIB) << 20,
-        file_bytes: disk.map_or(0, |disk| disk.len()).max(LOGS_MAX),
     }
 }
 

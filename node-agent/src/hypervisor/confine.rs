@@ -16,11 +16,16 @@ use landlock::{
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
 
+use super::VmSpec;
+
 /// The newest rules that are asked for; older kernels enforce what they know.
 const NEWEST: ABI = ABI::V6;
 
 /// Descriptors that it may have open: disks, sockets and what its threads wake each other by.
 const FILES_MAX: u64 = 1024;
+
+/// What it may write to a log where no disk is larger.
+const LOGS_MAX: u64 = 64 << 20;
 
 /// What a process may touch.
 #[derive(Debug, Clone, Default)]
@@ -42,6 +47,17 @@ pub struct Limits {
     pub data_bytes: u64,
     /// Size of any file that it writes.
     pub file_bytes: u64,
+}
+
+impl Limits {
+    /// Bounds for a VM's process that hold on any machine; a healthy one stays far below.
+    pub fn of(spec: &VmSpec, overhead_mib: u64) -> Self {
+        let disk = spec.upper.as_ref().and_then(|path| std::fs::metadata(path).ok());
+        Self {
+            data_bytes: (spec.memory_mib + overhead_mib) << 20,
+            file_bytes: disk.map_or(0, |disk| disk.len()).max(LOGS_MAX),
+        }
+    }
 }
 
 /// Whether this kernel has landlock.

@@ -20,7 +20,7 @@ use towline_proto::v1::Isolation;
 use super::confine::{self, Allowed, Limits};
 use super::probe::{self, Subject};
 use super::template::{Fits, Saves, Templates};
-use super::vm::{LOG_FILE, ORDERS_SOCKET};
+use super::vm::{LOG_FILE, ORDERS_SOCKET, remove_stale};
 use super::{
     Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, Vmm, tsc,
     vm,
@@ -34,8 +34,6 @@ const INSTALL: &str = "install it (Debian: qemu-system-x86)";
 /// touched: under load it has 64 threads for disks with 8 MiB of stack each, and 1 MiB for each
 /// request under way; it aborts when it gets no more (seen with 768).
 const OVERHEAD_MIB: u64 = 2048;
-/// What it may write to a log where no disk is larger.
-const LOGS_MAX: u64 = 64 << 20;
 
 /// How `accel` is set in the node agent's configuration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -162,7 +160,7 @@ impl Qemu {
         spec.check()?;
         let io = HypervisorError::io;
         let dir = fs::canonicalize(&spec.dir).map_err(io("find", &spec.dir))?;
-        let spec = VmSpec { dir, ..absolute(spec)? };
+        let spec = VmSpec { dir, ..spec.absolute()? };
         for name in [LINK_SOCKET, ORDERS_SOCKET] {
             remove_stale(&spec.dir.join(name))?;
         }
@@ -184,7 +182,7 @@ impl Qemu {
         } else {
             None
         };
-        let mut limits = limits(&spec);
+        let mut limits = Limits::of(&spec, u64::from(command::TRANSLATIONS_MIB) + OVERHEAD_MIB);
         if matches!(start, Start::ToBeSaved) {
             limits.file_bytes = migrate::SIZE_MAX;
         }
@@ -307,35 +305,6 @@ impl Saves for Qemu {
             let saved = File::open(saved).map_err(HypervisorError::io("open", saved))?;
             self.spawn(spec, self.capabilities.accel, Start::Restore(saved.into()))
         })
-    }
-}
-
-/// Bounds for the process that hold on any machine; a healthy QEMU stays far below.
-fn limits(spec: &VmSpec) -> Limits {
-    let disk = spec.upper.as_ref().and_then(|path| fs::metadata(path).ok());
-    Limits {
-        data_bytes: (spec.memory_mib + u64::from(command::TRANSLATIONS_MIB) + OVERHEAD_MIB) << 20,
-        file_bytes: disk.map_or(0, |disk| disk.len()).max(LOGS_MAX),
-    }
-}
-
-/// The spec with no path that depends on where the VMM runs, or on links.
-pub(super) fn absolute(spec: &VmSpec) -> Result<VmSpec, HypervisorError> {
-    let resolve =
-        |path: &PathBuf| fs::canonicalize(path).map_err(HypervisorError::io("find", path));
-    Ok(VmSpec {
-        layers: spec.layers.iter().map(resolve).collect::<Result<_, _>>()?,
-        upper: spec.upper.as_ref().map(resolve).transpose()?,
-        ..spec.clone()
-    })
-}
-
-/// Removes a socket that an earlier VMM has left.
-pub(super) fn remove_stale(path: &Path) -> Result<(), HypervisorError> {
-    match fs::remove_file(path) {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(HypervisorError::io("remove", path)(error)),
     }
 }
 

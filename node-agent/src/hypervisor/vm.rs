@@ -313,6 +313,15 @@ impl Vm {
     }
 }
 
+/// Removes a socket that an earlier VMM has left.
+pub(super) fn remove_stale(path: &Path) -> Result<(), HypervisorError> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(HypervisorError::io("remove", path)(error)),
+    }
+}
+
 /// The VMs of this program that run beneath this folder in a directory that was removed.
 pub(super) fn strays(folder: &Path, program: &Path, vmm: Vmm) -> Vec<Vm> {
     let found = running_in_removed(folder, program);

@@ -164,11 +164,18 @@ impl Sandbox<'_> {
         }
     }
 
+    /// What a running command has made.
+    fn wait_for_file(&self, path: &str) {
+        let look = ["exec", "--no-sync", "it", "--", "test", "-e", path];
+        let there = || (self.cluster.tow(look).finish(SHORT).code == 0).then_some(());
+        wait_for("a command to have begun", SHORT, there);
+    }
+
     fn check_node_agent_killed(&self) {
-        let count = "i=0; while [ $i -lt 200 ]; do echo line $i; i=$((i+1)); sleep 0.02; done";
+        let count = "touch /var/tmp/counting; i=0; while [ $i -lt 200 ]; do echo line $i; i=$((i+1)); sleep 0.02; done";
         let exec = ["exec", "--no-sync", "it", "--", "sh", "-c", count];
         let running = self.cluster.tow(exec);
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        self.wait_for_file("/var/tmp/counting");
         self.cluster.process(&["towline-node-agent", "--config"]).kill();
         let done = running.finish(BOOT).ok();
         let wanted: Vec<_> = (0..200).map(|number| format!("line {number}")).collect();
@@ -186,9 +193,9 @@ impl Sandbox<'_> {
     }
 
     fn check_killed(&self) {
-        let exec = ["exec", "--no-sync", "it", "--", "sh", "-c", "echo on; sleep 1000"];
+        let exec = ["exec", "--no-sync", "it", "--", "sh", "-c", "touch /var/tmp/on; sleep 1000"];
         let running = self.cluster.tow(exec);
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        self.wait_for_file("/var/tmp/on");
         self.cluster.process(&[self.process]).kill();
         let done = running.finish(SHORT).expect(125);
         for said in ["sandbox it is stopped", "tow start it"] {
