@@ -281,11 +281,12 @@ impl Peer {
         }
     }
 
-    fn read_some(&mut self, id: StreamId, len: usize) {
+    /// Whether there was something: then credit may be due.
+    fn read_some(&mut self, id: StreamId, len: usize) -> bool {
         let mut buffer = vec![0; len];
-        if let Ok(Read::Data(len)) = self.mux.read(id, &mut buffer) {
-            self.received.entry(id).or_default().extend_from_slice(&buffer[..len]);
-        }
+        let Ok(Read::Data(len)) = self.mux.read(id, &mut buffer) else { return false };
+        self.received.entry(id).or_default().extend_from_slice(&buffer[..len]);
+        true
     }
 }
 
@@ -371,7 +372,7 @@ proptest! {
                 moved |= !wire.is_empty();
                 ends[1 - from].take_in(wire.freeze());
                 for id in ends[1 - from].streams.clone() {
-                    ends[1 - from].read_some(id, 1 << 20);
+                    moved |= ends[1 - from].read_some(id, 1 << 20);
                 }
             }
             if !moved {
