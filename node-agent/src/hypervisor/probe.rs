@@ -19,8 +19,10 @@ use crate::kernel::Kernel;
 /// A guest under KVM answers within a second or two; longer where KVM itself is emulated.
 const PROBE_MAX: Duration = Duration::from_secs(30);
 const PROBE_MEMORY_MIB: u64 = 256;
+/// So many verdicts are remembered, the newest: builds of Towline share a cache.
+const VERDICTS_MAX: usize = 8;
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 struct Verdict {
     kernel: String,
     initramfs: String,
@@ -54,13 +56,13 @@ pub(super) async fn verdict(
         boot_id: boot_id(),
         refused: None,
     };
-    if let Some(known) = read(&path).filter(|known| same(known, &new)) {
+    if let Some(known) = read(&path).into_iter().find(|known| same(known, &new)) {
         return known.refused.map_or(Ok(()), Err);
     }
     let result = probe(boot).await;
     new.refused = result.as_ref().err().cloned();
     // A verdict that cannot be kept is reached again next time.
-    let _ = write(&path, &new);
+    let _ = remember(&path, new);
     result
 }
 
@@ -109,15 +111,55 @@ fn same(known: &Verdict, new: &Verdict) -> bool {
         == (&new.kernel, &new.initramfs, &new.vmm, &new.boot_id)
 }
 
-fn read(path: &Path) -> Option<Verdict> {
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+fn read(path: &Path) -> Vec<Verdict> {
+    let kept = fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    kept.unwrap_or_default()
 }
 
-fn write(path: &Path, verdict: &Verdict) -> std::io::Result<()> {
+fn remember(path: &Path, new: Verdict) -> std::io::Result<()> {
     let dir = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(dir)?;
+    let mut verdicts = read(path);
+    verdicts.retain(|known| !same(known, &new));
+    verdicts.insert(0, new);
+    verdicts.truncate(VERDICTS_MAX);
     let mut file = tempfile::NamedTempFile::new_in(dir)?;
-    file.write_all(&serde_json::to_vec_pretty(verdict)?)?;
+    file.write_all(&serde_json::to_vec_pretty(&verdicts)?)?;
     file.persist(path)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn about(initramfs: &str) -> Verdict {
+        Verdict {
+            kernel: "kernel".into(),
+            initramfs: initramfs.into(),
+            vmm: "7.2".into(),
+            boot_id: "boot".into(),
+            refused: None,
+        }
+    }
+
+    #[test]
+    fn the_newest_verdict_about_each_build_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("cache/verdicts.json");
+        assert!(read(&path).is_empty());
+        remember(&path, about("one")).unwrap();
+        remember(&path, about("other")).unwrap();
+        let refused = Verdict { refused: Some("no answer".into()), ..about("one") };
+        remember(&path, refused).unwrap();
+        let kept = read(&path);
+        assert_eq!(kept.len(), 2);
+        assert!(kept[0].initramfs == "one" && kept[0].refused.is_some(), "{kept:?}");
+        for number in 0..20 {
+            remember(&path, about(&number.to_string())).unwrap();
+        }
+        assert_eq!(read(&path).len(), VERDICTS_MAX);
+        fs::write(&path, "{}").unwrap();
+        assert!(read(&path).is_empty(), "what an earlier build wrote is not one");
+    }
 }
