@@ -61,6 +61,12 @@ pub enum Verb {
     Why(commands::why::WhyArgs),
     /// Show what happened to a sandbox
     Events(commands::events::EventsArgs),
+    /// Halt sandboxes with all that they have in memory
+    Pause(commands::pause::PauseArgs),
+    /// Let paused sandboxes go on where they were
+    Resume(commands::pause::PauseArgs),
+    /// Copy a running sandbox, with its memory and its disk
+    Fork(commands::fork::ForkArgs),
     /// Stop sandboxes; their disks are kept
     Stop(commands::stop::StopArgs),
     /// Start stopped sandboxes
@@ -106,6 +112,8 @@ impl Verb {
             Self::Logs(args) => args.json,
             Self::Why(args) => args.json,
             Self::Events(args) => args.json,
+            Self::Pause(args) | Self::Resume(args) => args.json,
+            Self::Fork(args) => args.json,
             Self::Stop(args) => args.json,
             Self::Start(args) => args.json,
             Self::Rm(args) => args.json,
@@ -127,11 +135,8 @@ pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Cli, clap::Erro
 
 const LATER_VERBS: &[&str] = &[
     "sync",
-    "pause",
-    "resume",
     "checkpoint",
     "restore",
-    "fork",
     "diff",
     "save",
     "pool",

@@ -9,11 +9,13 @@ pub mod doctor;
 pub mod down;
 pub mod events;
 pub mod exec;
+pub mod fork;
 pub mod image;
 pub mod inspect;
 pub mod logs;
 pub mod ls;
 pub mod node;
+pub mod pause;
 pub mod ports;
 pub mod prune;
 pub mod rm;
@@ -58,6 +60,9 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Ports(args) => Box::pin(ports::run(args, &env)).await,
         Verb::Why(args) => Box::pin(why::run(args, &env)).await,
         Verb::Events(args) => Box::pin(events::run(args, &env)).await,
+        Verb::Pause(args) => pause::pause(args, &env).await,
+        Verb::Resume(args) => pause::resume(args, &env).await,
+        Verb::Fork(args) => fork::run(args, &env).await,
         Verb::Stop(args) => stop::run(args, &env).await,
         Verb::Start(args) => start::run(args, &env).await,
         Verb::Rm(args) => rm::run(args, &env).await,

@@ -124,6 +124,10 @@ pub async fn ensure_running(
     printer: &Printer,
 ) -> anyhow::Result<v1::Sandbox> {
     let sandbox = match phase(&sandbox) {
+        _ if sandbox.desired() == Desired::Paused => {
+            printer.hint(format!("sandbox {} is paused; it is resumed", name(&sandbox)));
+            set_desired(cluster, &sandbox, Desired::Running).await?
+        }
         Phase::Running if sandbox.desired() == Desired::Running => return Ok(sandbox),
         Phase::Lost => return Err(lost(&sandbox)),
         Phase::Stopped | Phase::Failed | Phase::Stopping => {
@@ -133,6 +137,81 @@ pub async fn ensure_running(
         _ => sandbox,
     };
     wait_running(cluster, &sandbox, printer).await
+}
+
+/// Lets a paused sandbox go on and waits until it does.
+pub async fn resume(
+    cluster: &Cluster,
+    sandbox: v1::Sandbox,
+    printer: &Printer,
+) -> anyhow::Result<v1::Sandbox> {
+    if !matches!(sandbox.desired(), Desired::Paused | Desired::Running) {
+        let name = name(&sandbox);
+        return Err(Failure::new(format!(
+            "sandbox {name} is not paused: it is {}",
+            word(&sandbox)
+        ))
+        .hint(format!("`tow start {name}`"))
+        .into());
+    }
+    let wanted = set_desired(cluster, &sandbox, Desired::Running).await?;
+    wait_running(cluster, &wanted, printer).await
+}
+
+/// Waits until a sandbox is paused, or is known not to be.
+pub async fn wait_paused(
+    cluster: &Cluster,
+    sandbox: &v1::Sandbox,
+    printer: &Printer,
+) -> anyhow::Result<v1::Sandbox> {
+    let progress = printer.progress(format!("pausing {}", name(sandbox)));
+    let generation = sandbox.generation;
+    follow(cluster, sandbox, |now| {
+        progress.set(describe(now));
+        let observed = now.observed.clone().unwrap_or_default();
+        let not_paused = |why: &str| {
+            let name = name(now);
+            Some(Err(Failure::new(format!("sandbox {name} was not paused: {why}"))
+                .hint(format!("`tow why {name}`"))
+                .into()))
+        };
+        match observed.phase() {
+            Phase::Paused if observed.generation >= generation => Some(Ok(())),
+            Phase::Lost => Some(Err(lost(now))),
+            _ if now.desired() != Desired::Paused => {
+                not_paused("somebody else wanted it otherwise")
+            }
+            // What is said about an older wish is history.
+            Phase::Running | Phase::Stopped | Phase::Failed
+                if observed.generation >= generation =>
+            {
+                not_paused(&format!("it is {}: {}", word(now), reason(now)))
+            }
+            _ => None,
+        }
+    })
+    .await
+}
+
+/// Makes copies of a running sandbox. A call whose answer was lost is repeated with the same key.
+pub async fn fork(
+    cluster: &Cluster,
+    sandbox: &v1::Sandbox,
+    count: u32,
+    name: String,
+) -> anyhow::Result<Vec<v1::Sandbox>> {
+    let id = sandbox.id.clone();
+    let request = v1::ForkSandboxRequest { idempotency_key: new_key(), id, count, name };
+    let call = |mut client: Client| {
+        let request = request.clone();
+        async move { client.fork_sandbox(request).await }
+    };
+    Ok(cluster.call(call).await?.sandboxes)
+}
+
+/// The phase as people call it.
+fn word(sandbox: &v1::Sandbox) -> String {
+    crate::output::json::phase(sandbox)
 }
 
 async fn start(
@@ -354,6 +433,7 @@ fn describe(sandbox: &v1::Sandbox) -> String {
         Phase::Preparing => "preparing image",
         Phase::Booting => "booting",
         Phase::Running => "running",
+        Phase::Paused => "paused",
         Phase::Stopping => "stopping",
         Phase::Stopped => "stopped",
         Phase::Failed => "failed",

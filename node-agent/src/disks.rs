@@ -61,6 +61,19 @@ pub fn create(cache_dir: &Path, path: &Path, size_mib: u64) -> Result<(), DiskEr
     Ok(())
 }
 
+/// Puts a copy of a disk at `path`, in the place of any that is there. It shares blocks where the file
+/// system can.
+pub fn replace(from: &Path, path: &Path) -> Result<(), DiskError> {
+    let parent = path.parent().unwrap_or(Path::new("."));
+    let file = tempfile::Builder::new()
+        .prefix(".disk-")
+        .tempfile_in(parent)
+        .map_err(failed("create a file in", parent))?;
+    copy_sparse(from, file.as_file()).map_err(failed("write", path))?;
+    file.persist(path).map_err(|error| failed("write", path)(error.error))?;
+    Ok(())
+}
+
 /// Makes the template for disks of this size, if it is not there; a node does so ahead of time for
 /// the usual size.
 pub fn template(cache_dir: &Path, size_mib: u64) -> Result<PathBuf, DiskError> {

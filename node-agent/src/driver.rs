@@ -178,6 +178,11 @@ impl Driver {
             Effect::AdoptVm { run, assignment } => {
                 self.begin(assignment.sandbox, machine.adopt(run, *assignment));
             }
+            Effect::PauseVm { sandbox, run } => self.begin(sandbox, machine.pause(sandbox, run)),
+            Effect::ResumeVm { run, assignment } => {
+                self.begin(assignment.sandbox, machine.resume(run, *assignment));
+            }
+            Effect::KeepForks { forks } => machine.keep_forks(forks),
             Effect::Probe { sandbox, run } => self.begin(sandbox, machine.probe(sandbox, run)),
             Effect::StopVm { sandbox, grace, .. } => machine.stop(sandbox, grace),
             Effect::KillVm { sandbox, run } => {
@@ -214,6 +219,7 @@ impl Driver {
         tracing::info!(?sandbox, phase = phase.as_str_name(), reason, "reported");
         let word = match phase {
             Phase::Running => "running",
+            Phase::Paused => "paused",
             Phase::Stopped => "stopped",
             Phase::Failed => "failed",
             // On the way; or there is no feed any more.

@@ -57,7 +57,8 @@ impl Gates {
         let mut gates = self.gates.lock().unwrap_or_else(PoisonError::into_inner);
         let old = gates.remove(&sandbox).and_then(|entry| entry.open);
         let open = match &gate {
-            Gate::Open { .. } => Some(watch::Sender::new(())),
+            // Streams that were let in before a pause go on after it.
+            Gate::Open { .. } => Some(old.unwrap_or_default()),
             Gate::Closing { .. } => old,
             Gate::Shut { .. } => None,
         };
@@ -119,6 +120,9 @@ mod tests {
         assert!(gates.enter(id, 2).unwrap_err().message.contains("being stopped"));
         tokio::task::yield_now().await;
         assert!(!revoked.is_finished());
+        gates.set(id, Gate::Open { epoch: 2 });
+        tokio::task::yield_now().await;
+        assert!(!revoked.is_finished(), "it was paused and goes on");
         gates.set(id, Gate::Shut { reason: "stopped".into() });
         (&mut revoked).await.unwrap();
     }

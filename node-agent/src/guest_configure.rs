@@ -8,7 +8,8 @@ use rustix::rand::{GetRandomFlags, getrandom};
 use sha2::{Digest, Sha256};
 use towline_images::ImageConfig;
 use towline_node_core::Assignment;
-use towline_proto::v1::{GuestConfigure, Isolation, SandboxSpec};
+use towline_proto::ids::ForkId;
+use towline_proto::v1::{Become, GuestConfigure, Isolation, SandboxSpec};
 
 use crate::images::Image;
 
@@ -35,14 +36,13 @@ pub fn guest_configure(
 ) -> io::Result<GuestConfigure> {
     let spec = &assignment.spec;
     let ImageConfig { env, user, workdir, entrypoint, cmd } = &image.config;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let shape = spec.shape.unwrap_or_default();
     Ok(GuestConfigure {
         resync_marker: resync_marker.to_vec(),
         hostname: hostname(&spec.name),
-        unix_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        unix_ns: unix_ns(),
         entropy: random::<ENTROPY>()?.to_vec(),
-        machine_id: Sha256::digest(assignment.sandbox.as_bytes())[..16].to_vec(),
+        machine_id: machine_id(assignment),
         layers: u32::try_from(image.layers.len()).unwrap_or(u32::MAX),
         local_image: image.local.is_some(),
         folder: spec.folder.as_ref().map(|folder| folder.path.clone()).unwrap_or_default(),
@@ -61,6 +61,33 @@ pub fn guest_configure(
         },
         git: spec.git.clone(),
     })
+}
+
+/// Who a copy is from now on.
+pub fn guest_become(
+    assignment: &Assignment,
+    fork: ForkId,
+    resync_marker: [u8; 32],
+) -> io::Result<Become> {
+    Ok(Become {
+        fork_id: fork.to_vec(),
+        sandbox_id: assignment.sandbox.to_string(),
+        resync_marker: resync_marker.to_vec(),
+        hostname: hostname(&assignment.spec.name),
+        unix_ns: unix_ns(),
+        entropy: random::<ENTROPY>()?.to_vec(),
+        machine_id: machine_id(assignment),
+    })
+}
+
+/// Now, for a guest's clock.
+pub fn unix_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+fn machine_id(assignment: &Assignment) -> Vec<u8> {
+    Sha256::digest(assignment.sandbox.as_bytes())[..16].to_vec()
 }
 
 /// The environment of every command. A git that is not the system's own (in /usr/local, say) looks for

@@ -8,6 +8,7 @@ use std::io;
 use std::time::Duration;
 
 use rustix::rand::{GetRandomFlags, getrandom};
+use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
@@ -23,6 +24,10 @@ use crate::hypervisor::{Vm, VmExit};
 
 /// How often the socket of a VMM that is just starting is tried.
 const RETRY: Duration = Duration::from_millis(2);
+/// How long a guest may say nothing before it is connected to once more; each time it is twice as long.
+/// In QEMU (7.2), what a guest writes at the very moment when its connection ends can hold its serial
+/// port up until the next connection has ended, too.
+const SILENT_FIRST: Duration = Duration::from_secs(2);
 /// How long after its socket the end of a VMM's process may be seen.
 const EXIT_SEEN_MAX: Duration = Duration::from_secs(2);
 /// Longest string that is taken from a guest's hello.
@@ -147,14 +152,28 @@ impl GuestLink {
         markers: &[Marker],
         waiting: &Waiting,
     ) -> Result<Self, GuestLinkError> {
+        let mut silent = SILENT_FIRST;
+        loop {
+            let socket = Self::open_socket(vm, waiting).await;
+            waiting.now_for("the guest to boot and its guest agent to say hello");
+            if let Ok(greeted) = timeout(silent, Self::greet(socket, markers)).await {
+                return greeted;
+            }
+            silent *= 2;
+        }
+    }
+
+    async fn open_socket(vm: &Vm, waiting: &Waiting) -> UnixStream {
         waiting.now_for("the VM to open its guest link's socket");
-        let socket = loop {
+        loop {
             match vm.open_link().await {
-                Ok(socket) => break socket,
+                Ok(socket) => return socket,
                 Err(_) => sleep(RETRY).await,
             }
-        };
-        waiting.now_for("the guest to boot and its guest agent to say hello");
+        }
+    }
+
+    async fn greet(socket: UnixStream, markers: &[Marker]) -> Result<Self, GuestLinkError> {
         let mut nonce = [0; 16];
         getrandom(&mut nonce, GetRandomFlags::empty()).map_err(io::Error::from)?;
         let (handle, mut incoming, driver) = MuxDriver::host(socket, markers, nonce);

@@ -16,12 +16,12 @@ use tokio::time::{Instant, sleep, timeout};
 use towline_images::local;
 use towline_node_core::{Input, Run};
 use towline_proto::frame::{Frame, FrameError, FrameKind};
-use towline_proto::ids::SandboxId;
+use towline_proto::ids::{ForkId, SandboxId};
 use towline_proto::mux::GUEST_OPENED_MAX;
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
-    ExitStatus, GuestCommand, GuestConfigure, GuestConfigured, GuestEvent, StreamErrorCode,
-    guest_event,
+    Became, Become, ExitStatus, Freeze, Frozen, GuestCommand, GuestConfigure, GuestConfigured,
+    GuestEvent, StreamErrorCode, Thaw, guest_command, guest_event,
 };
 use towline_streams::{FrameReader, Incoming, MuxHandle, MuxRecv, MuxSend};
 
@@ -45,6 +45,8 @@ const LINK_WAIT: Duration = Duration::from_secs(20);
 const EVENT_PAUSE: Duration = Duration::from_millis(100);
 /// Between two notices about a guest's local image: the control plane commits each.
 const NOTICE_PAUSE: Duration = Duration::from_secs(1);
+/// Until the workload is frozen: a process that waits for a disk is not before that has answered.
+const FREEZE_MAX: Duration = Duration::from_secs(30);
 /// Commands that wait for a link: a shutdown and a few clock settings.
 const COMMANDS_MAX: usize = 8;
 /// Longest text of or about a guest that is shown to people.
@@ -59,8 +61,11 @@ pub struct Guest {
     pub run: Run,
     /// Its VM.
     pub vm: Arc<Vm>,
+    /// Held by who halts its VM or lets it go on.
+    pub orders: tokio::sync::Mutex<()>,
     link: watch::Sender<Option<MuxHandle>>,
     commands: mpsc::Sender<GuestCommand>,
+    frozen: watch::Sender<Option<Frozen>>,
 }
 
 impl Guest {
@@ -85,6 +90,33 @@ impl Guest {
             let message = format!("could not open a stream to the guest: {error}");
             Refused::new(StreamErrorCode::Limit, message)
         })
+    }
+
+    /// Has the guest agent freeze its workload, so that a copy can be made of it.
+    pub async fn freeze(&self, fork: ForkId) -> Result<(), String> {
+        self.frozen.send_replace(None);
+        let mut frozen = self.frozen.subscribe();
+        let command = guest_command::Command::Freeze(Freeze { fork_id: fork.to_vec() });
+        if !self.command(GuestCommand { command: Some(command) }) {
+            return Err("its guest agent takes no orders".into());
+        }
+        let fork = fork.to_vec();
+        let answered = frozen.wait_for(|said| said.as_ref().is_some_and(|it| it.fork_id == fork));
+        match timeout(FREEZE_MAX, answered).await {
+            Ok(Ok(said)) => match said.as_ref().and_then(|said| said.error.as_ref()) {
+                None => Ok(()),
+                Some(error) => Err(cut(&error.message)),
+            },
+            Ok(Err(_)) => Err("its VM has ended".into()),
+            Err(_) => {
+                Err(format!("its guest agent did not answer within {} s", FREEZE_MAX.as_secs()))
+            }
+        }
+    }
+
+    /// Sends a command for which it waits within a bound; false when there was no room.
+    pub async fn command_within(&self, command: GuestCommand, bound: Duration) -> bool {
+        matches!(timeout(bound, self.commands.send(command)).await, Ok(Ok(())))
     }
 
     /// Sends a command when there is a link; false when too many wait already.
@@ -135,6 +167,8 @@ pub struct Attendance {
     pub served: Arc<Served>,
     /// Where to tell what happens.
     pub inputs: mpsc::Sender<Input>,
+    /// The newest that the guest said of being frozen.
+    pub frozen: watch::Sender<Option<Frozen>>,
 }
 
 /// What serves the streams that a guest opens.
@@ -156,8 +190,10 @@ pub fn attend(guests: &Arc<Guests>, attendance: Attendance, link: GuestLink, ope
         sandbox: attendance.sandbox,
         run: attendance.run,
         vm: Arc::clone(&attendance.vm),
+        orders: tokio::sync::Mutex::default(),
         link: watch::Sender::new(Some(link.handle.clone())),
         commands,
+        frozen: attendance.frozen.clone(),
     });
     guests.put(Arc::clone(&guest));
     let table = Arc::downgrade(guests);
@@ -194,12 +230,44 @@ impl Attendance {
         configure: &GuestConfigure,
         bound: Duration,
     ) -> Result<JoinSet<()>, GuestLinkError> {
+        let configure = Frame::message(FrameKind::Configure, configure);
+        self.ask(link, &configure, |frame| configured(Some(&frame)).map(Some), bound).await
+    }
+
+    /// Tells a copy who it is, and waits until it has become that. As `configure`.
+    pub async fn become_copy(
+        &self,
+        link: &mut GuestLink,
+        order: Become,
+        bound: Duration,
+    ) -> Result<JoinSet<()>, GuestLinkError> {
+        let fork_id = order.fork_id.clone();
+        let command = Some(guest_command::Command::Become(order));
+        let order = Frame::message(FrameKind::Command, &GuestCommand { command });
+        self.ask(link, &order, |frame| became(&frame, &fork_id), bound).await
+    }
+
+    /// Sends an order and waits for what answers it: `answer` takes the guest's frames until it has it.
+    async fn ask(
+        &self,
+        link: &mut GuestLink,
+        order: &Frame,
+        mut answer: impl FnMut(Frame) -> Result<Option<()>, GuestLinkError>,
+        bound: Duration,
+    ) -> Result<JoinSet<()>, GuestLinkError> {
         let mut opened = JoinSet::new();
         let Control { events, commands } = &mut link.control;
         let ask = async {
-            commands.send_message(FrameKind::Configure, configure).await?;
-            let frame = events.next().await?;
-            configured(frame.as_ref())
+            commands.send(order).await?;
+            loop {
+                let frame = events.next().await?;
+                let frame = frame.ok_or_else(|| {
+                    GuestLinkError::Protocol("it ended its control stream".to_owned())
+                })?;
+                if let Some(()) = answer(frame)? {
+                    return Ok(());
+                }
+            }
         };
         let asked = tokio::select! {
             biased;
@@ -235,7 +303,17 @@ impl Attendance {
             drop(link);
             short = if since.elapsed() < LINK_LIFE_MIN { short + 1 } else { 0 };
             link = match self.relink(short).await {
-                Ok(link) => link,
+                Ok(mut link) => {
+                    // The order to go on was lost with the session, unless a fork is under way.
+                    if link.hello.frozen && guest.orders.try_lock().is_ok() {
+                        let command = Some(guest_command::Command::Thaw(Thaw {}));
+                        let thaw = GuestCommand { command };
+                        let commands = &mut link.control.commands;
+                        // A session that is cut again has the next one do it.
+                        let _ = commands.send_message(FrameKind::Command, &thaw).await;
+                    }
+                    link
+                }
                 Err(GuestLinkError::Exited(exit)) => return exit,
                 Err(error) => {
                     self.lost(crate::chain(&error)).await;
@@ -325,7 +403,11 @@ impl Attendance {
             let input = match said {
                 Ok(Said::MainEnded(status)) => Input::MainExited { sandbox, run, status },
                 Ok(Said::Notice(text)) => Input::GuestNotice { sandbox, run, text },
-                Ok(Said::Nothing) => continue,
+                Ok(Said::Frozen(said)) => {
+                    self.frozen.send_replace(Some(said));
+                    continue;
+                }
+                Ok(Said::Became(_) | Said::Nothing) => continue,
                 Err(error) => {
                     tracing::warn!(%sandbox, %error, "guest breaks the protocol");
                     return;
@@ -352,6 +434,18 @@ fn configured(frame: Option<&Frame>) -> Result<(), GuestLinkError> {
     }
 }
 
+/// Whether a frame is a copy's answer that it has become what it was told.
+fn became(frame: &Frame, fork_id: &[u8]) -> Result<Option<()>, GuestLinkError> {
+    match understand(frame).map_err(|error| GuestLinkError::Protocol(error.to_string()))? {
+        Said::Became(said) if said.fork_id == fork_id => match said.error {
+            None => Ok(Some(())),
+            Some(error) => Err(GuestLinkError::Refused(cut(&error.message))),
+        },
+        // What it says besides is its source's, or comes again.
+        _ => Ok(None),
+    }
+}
+
 /// What a frame of the control stream means.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Said {
@@ -359,6 +453,10 @@ pub enum Said {
     MainEnded(ExitStatus),
     /// People should know.
     Notice(String),
+    /// The workload is frozen, or could not be.
+    Frozen(Frozen),
+    /// A copy has become what it was told, or could not.
+    Became(Became),
     /// Nothing that this node agent knows.
     Nothing,
 }
@@ -376,6 +474,8 @@ pub fn understand(frame: &Frame) -> Result<Said, FrameError> {
             Said::MainEnded(status)
         }
         Some(guest_event::Event::OutOfMemory(out)) => Said::Notice(cut(&out.message)),
+        Some(guest_event::Event::Frozen(frozen)) => Said::Frozen(frozen),
+        Some(guest_event::Event::Became(became)) => Said::Became(became),
         Some(guest_event::Event::ExecEnded(_)) | None => Said::Nothing,
     })
 }
@@ -414,6 +514,7 @@ pub fn fuzz_control(bytes: &[u8]) {
         }
         let _ = streams::open_of(&frame);
         let _ = configured(Some(&frame));
+        let _ = became(&frame, b"");
         let _ = ExitStatus::decode(frame.body);
     }
 }

@@ -61,6 +61,28 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Forgets a template from which a guest did not come up.
     fn drop_template(&self, _shape: VmShape) {}
 
+    /// Writes all of a halted VM but its disks to a new file or folder `to`, within a bound. It stays
+    /// halted, and may go on afterwards.
+    fn save<'a>(&'a self, _vm: &'a Vm, _to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async { Err(io::Error::other("this driver cannot save memory")) })
+    }
+
+    /// What a saved VM must find again to be restored: kernel, VMM, processor, this boot of the host.
+    /// `None` where nothing can be saved.
+    fn fits(&self) -> Option<&str> {
+        None
+    }
+
+    /// Starts a VM from what `save` wrote, with disks that are as they were then. It runs when this
+    /// returns, and believes that it is the one that was saved.
+    fn start_copy<'a>(
+        &'a self,
+        _spec: &'a VmSpec,
+        _saved: &'a Path,
+    ) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(async { Err(HypervisorError::Spec("this driver cannot restore memory".into())) })
+    }
+
     /// The VM that runs in this directory, if one does, started by whichever node agent.
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError>;
 

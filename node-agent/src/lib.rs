@@ -17,6 +17,7 @@ pub mod disks;
 pub mod driver;
 pub mod egress;
 pub mod feed;
+pub mod forks;
 pub mod gates;
 pub mod guest_configure;
 pub mod guest_link;
@@ -55,6 +56,7 @@ use egress::Egress;
 use egress::own::Own;
 use egress::resolver::{Resolve, SystemResolver};
 use feed::Feeds;
+use forks::Forks;
 use gates::Gates;
 use guests::Guests;
 use hypervisor::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
@@ -199,6 +201,7 @@ pub async fn run(
         guests,
         egress,
         feeds,
+        forks: Arc::new(Forks::new(&config.data_dir)),
         gates: Arc::<Gates>::clone(&gates),
         inputs: inputs.clone(),
         cache_dir: config.cache_dir.clone(),
@@ -310,6 +313,7 @@ fn driver_info(hypervisor: &dyn Hypervisor) -> DriverInfo {
         snapshot: capabilities.snapshot,
         hotplug: capabilities.hotplug,
         gpu: capabilities.gpu,
+        fork: hypervisor.fits().is_some(),
         accel: capabilities.accel.as_str().into(),
     }
 }

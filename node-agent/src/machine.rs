@@ -4,20 +4,21 @@
 //! The promise behind it: when a run is told to be over, no process of it lives. Every name derives
 //! from the sandbox's id, so everything may be done twice.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use towline_node_core::{Assignment, Failure, FoundVm, Input, Record, Run};
 use towline_proto::frame::FrameKind;
-use towline_proto::ids::SandboxId;
+use towline_proto::ids::{ForkId, SandboxId};
 use towline_proto::v1::{
-    GuestCommand, Isolation, PingOpen, Shutdown, StreamError, StreamOpen, guest_command,
-    stream_open,
+    Desired, GuestCommand, Isolation, PingOpen, SetClock, Shutdown, StreamError, StreamOpen, Thaw,
+    guest_command, stream_open,
 };
 use towline_streams::Priority;
 
@@ -26,10 +27,11 @@ use crate::disks::{self, DiskError};
 use crate::egress::Egress;
 use crate::egress::policy::Policy;
 use crate::feed::Feeds;
+use crate::forks::{Forks, Moment, Source};
 use crate::gates::Gates;
-use crate::guest_configure::{guest_configure, random};
+use crate::guest_configure::{guest_become, guest_configure, random, unix_ns};
 use crate::guest_link::GuestLink;
-use crate::guests::{Attendance, Guests, Served, attend, exit_reason};
+use crate::guests::{Attendance, Guest, Guests, Served, attend, exit_reason};
 use crate::hypervisor::{Hypervisor, Hypervisors, Vm, VmSpec};
 use crate::images::{Image, Images, lasting};
 use crate::store::{State, Store};
@@ -45,6 +47,10 @@ const WARM_HELLO_MAX: Duration = Duration::from_secs(15);
 const CONFIGURE_MAX: Duration = Duration::from_secs(60);
 /// A busy guest of a restarted node agent: shorter than the core's bound, as above.
 const ADOPT_MAX: Duration = Duration::from_secs(240);
+/// Between two looks whether a guest was taken up.
+const SOURCE_LOOK: Duration = Duration::from_millis(100);
+/// Halting a VM or letting it go on: shorter than the core's bounds, as above.
+const ORDER_MAX: Duration = Duration::from_secs(45);
 const PROBE_MAX: Duration = Duration::from_secs(50);
 /// A VMM that is killed may write its disks out first.
 const QUIT_MAX: Duration = Duration::from_secs(2);
@@ -68,6 +74,8 @@ pub struct Machine {
     pub egress: Arc<Egress>,
     /// What happened to them.
     pub feeds: Arc<Feeds>,
+    /// Moments of which copies are made.
+    pub forks: Arc<Forks>,
     /// Whether it is open.
     pub gates: Arc<Gates>,
     /// The core's inputs.
@@ -90,6 +98,8 @@ pub struct Machine {
 enum StartedBy {
     Boot,
     Template,
+    /// As a copy of another one.
+    Fork,
     /// An earlier node agent started it, and nobody knows how.
     Earlier,
 }
@@ -100,6 +110,7 @@ impl StartedBy {
         match self {
             Self::Boot => "cold",
             Self::Template => "warm",
+            Self::Fork => "fork",
             Self::Earlier => "",
         }
     }
@@ -150,7 +161,10 @@ impl Machine {
         let sandbox = assignment.sandbox;
         let result = match self.driver(&assignment) {
             Err(refusal) => Err(refusal),
-            Ok(_) => self.prepare_blocking(run, assignment).await,
+            Ok(driver) => match self.prepare_fork(run, &assignment, driver).await {
+                Err(refusal) => Err(refusal),
+                Ok(moment) => self.prepare_blocking(run, assignment, moment).await,
+            },
         };
         let input = match result {
             Ok(image_digest) => Input::Prepared { sandbox, run, image_digest },
@@ -174,10 +188,43 @@ impl Machine {
         })
     }
 
+    /// Has the moment saved that the sandbox is to be a copy of, if it is to be one.
+    async fn prepare_fork(
+        &self,
+        run: Run,
+        assignment: &Assignment,
+        driver: &Arc<dyn Hypervisor>,
+    ) -> Result<Option<Moment>, Failure> {
+        let Some(fork) = assignment.copies() else { return Ok(None) };
+        let (sandbox, text) = (assignment.sandbox, format!("saving {}", fork.source));
+        let _ = self.inputs.try_send(Input::PrepareProgress { sandbox, run, text });
+        let guest = self.source_guest(fork.source).await;
+        let source = Source::find(guest, Arc::clone(driver), &self.store, fork);
+        self.forks.ready(fork, source).await?;
+        self.forks.open(fork.id, driver.as_ref()).map(Some)
+    }
+
+    /// The guest of what a copy is made of; one whose VM lives may just be taken up again.
+    async fn source_guest(&self, source: SandboxId) -> Option<Arc<Guest>> {
+        let until = Instant::now() + ADOPT_MAX;
+        loop {
+            let guest = self.guests.get(source);
+            let lives = || {
+                let found = self.hypervisors.adopt(&self.store.sandbox(source).vm());
+                found.is_ok_and(|vm| vm.is_some())
+            };
+            if guest.is_some() || Instant::now() >= until || !lives() {
+                return guest;
+            }
+            sleep(SOURCE_LOOK).await;
+        }
+    }
+
     async fn prepare_blocking(
         self: &Arc<Self>,
         run: Run,
         assignment: Assignment,
+        moment: Option<Moment>,
     ) -> Result<String, Failure> {
         let machine = Arc::clone(self);
         let work = tokio::task::spawn_blocking(move || {
@@ -186,6 +233,10 @@ impl Machine {
             dir.create().map_err(|error| transient(&error))?;
             if assignment.ran && !dir.upper().exists() {
                 return Err(lasting(LOST_DISK.into()));
+            }
+            if let Some(moment) = &moment {
+                // Of an earlier try that has come to nothing.
+                moment.give_disk(&dir)?;
             }
             let mut progress = |text: String| {
                 // Progress that does not fit is not worth waiting for.
@@ -212,6 +263,9 @@ impl Machine {
 
     /// `Effect::AdoptVm`.
     pub async fn adopt(self: Arc<Self>, run: Run, assignment: Assignment) {
+        if assignment.desired == Desired::Paused {
+            return self.adopt_paused(run, assignment.sandbox).await;
+        }
         let result = self.adopt_vm(run, &assignment).await;
         self.started(run, &assignment, result).await;
     }
@@ -243,6 +297,14 @@ impl Machine {
         let secret = random::<32>().map_err(|error| transient(&error))?;
         let (image, spec) = self.spec(assignment, Some(secret)).await?;
         let driver = self.driver(assignment)?;
+        if let Some(fork) = assignment.copies() {
+            let moment = self.forks.open(fork.id, driver.as_ref())?;
+            let vm = driver.start_copy(&spec, &moment.saved()).await;
+            let vm = self.started_vm(assignment.sandbox, vm.map_err(|error| transient(&error))?);
+            let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
+            self.take_up_copy(attendance, assignment, fork.id, &moment).await?;
+            return Ok(StartedBy::Fork);
+        }
         let take_up = async |vm, bound| {
             let vm = self.started_vm(assignment.sandbox, vm);
             let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
@@ -298,6 +360,18 @@ impl Machine {
         let Some(vm) = found.map(Arc::new) else {
             return Err(lasting("the VM ended before it could be taken up again".into()));
         };
+        // An earlier node agent may have died while it was halted, to be paused or saved.
+        vm.open_link_ahead().await;
+        match timeout(ORDER_MAX, vm.resume()).await {
+            Ok(Ok(was_halted)) if was_halted => {
+                tracing::info!(sandbox = %assignment.sandbox, "vm was halted, it goes on");
+            }
+            Ok(Ok(_)) => {}
+            failed => {
+                end(&vm).await;
+                return Err(lasting(format!("the VM takes no orders: {}", why(failed))));
+            }
+        }
         let secret = dir.state().and_then(|state| state.resync_marker.try_into().ok());
         let Some(secret) = secret else {
             end(&vm).await;
@@ -342,6 +416,7 @@ impl Machine {
                 egress,
             }),
             inputs: self.inputs.clone(),
+            frozen: watch::Sender::default(),
         }
     }
 
@@ -399,7 +474,17 @@ impl Machine {
                 agent = hello.agent_version, configured = hello.configured, "guest said hello",
             );
             let mut opened = JoinSet::new();
-            if !link.hello.configured {
+            if link.hello.configured {
+                // It may have been halted for long.
+                let clock = guest_command::Command::SetClock(SetClock { unix_ns: unix_ns() });
+                let thaw = guest_command::Command::Thaw(Thaw {});
+                let thaw = link.hello.frozen.then_some(thaw);
+                for command in [Some(clock), thaw].into_iter().flatten() {
+                    let command = GuestCommand { command: Some(command) };
+                    let sent = link.control.commands.send_message(FrameKind::Command, &command);
+                    sent.await.map_err(|error| transient(&error))?;
+                }
+            } else {
                 let image = image.ok_or_else(|| lasting("it has no image".into()))?;
                 let configure = guest_configure(assignment, image, attendance.secret)
                     .map_err(|error| transient(&error))?;
@@ -408,16 +493,128 @@ impl Machine {
             }
             Ok((link, opened))
         };
-        match talk.await {
+        let talked = talk.await;
+        self.attend_or_end(attendance, talked).await
+    }
+
+    /// Has a guest attended to that was talked to; of one that was not, nothing lives afterwards.
+    async fn attend_or_end(
+        &self,
+        attendance: Attendance,
+        talked: Result<(GuestLink, JoinSet<()>), Failure>,
+    ) -> Result<(), Failure> {
+        match talked {
             Ok((link, opened)) => {
                 attend(&self.guests, attendance, link, opened);
                 Ok(())
             }
             Err(failure) => {
-                end(&vm).await;
+                end(&attendance.vm).await;
                 Err(failure)
             }
         }
+    }
+
+    /// Waits for a copy's guest, has it become another sandbox, and has it attended to. On failure
+    /// nothing of the VM lives.
+    async fn take_up_copy(
+        &self,
+        attendance: Attendance,
+        assignment: &Assignment,
+        fork: ForkId,
+        moment: &Moment,
+    ) -> Result<(), Failure> {
+        let talk = async {
+            let mut link = GuestLink::connect(&attendance.vm, moment.secret, HELLO_MAX)
+                .await
+                .map_err(|error| transient(&error))?;
+            // What has run before it knows who it is would share its secrets.
+            if !link.hello.configured || !link.hello.frozen {
+                return Err(lasting("the copy's workload was not frozen when it was saved".into()));
+            }
+            let order = guest_become(assignment, fork, attendance.secret)
+                .map_err(|error| transient(&error))?;
+            let opened = attendance.become_copy(&mut link, order, CONFIGURE_MAX).await;
+            Ok((link, opened.map_err(|error| transient(&error))?))
+        };
+        let talked = talk.await;
+        self.attend_or_end(attendance, talked).await
+    }
+
+    /// `Effect::PauseVm`.
+    pub async fn pause(self: Arc<Self>, sandbox: SandboxId, run: Run) {
+        let paused = match self.guests.get(sandbox) {
+            None => Err("it has no guest".to_owned()),
+            Some(guest) => {
+                let _orders = guest.orders.lock().await;
+                let paused = timeout(ORDER_MAX, guest.vm.pause()).await;
+                if matches!(paused, Ok(Ok(()))) { Ok(()) } else { Err(why(paused)) }
+            }
+        };
+        let input = match paused {
+            Ok(()) => Input::VmPaused { sandbox, run },
+            Err(reason) => {
+                tracing::warn!(%sandbox, run, reason, "vm not paused");
+                Input::PauseFailed { sandbox, run, reason }
+            }
+        };
+        self.tell(input).await;
+    }
+
+    /// `Effect::ResumeVm`.
+    pub async fn resume(self: Arc<Self>, run: Run, assignment: Assignment) {
+        let sandbox = assignment.sandbox;
+        let resumed = match self.guests.get(sandbox) {
+            Some(guest) => self.resume_attended(&guest).await,
+            None => self.adopt_vm(run, &assignment).await.map(drop),
+        };
+        let input = match resumed {
+            Ok(()) => Input::VmResumed { sandbox, run },
+            Err(failure) => {
+                tracing::warn!(%sandbox, run, reason = failure.reason, "vm not resumed");
+                Input::VmFailed { sandbox, run, failure }
+            }
+        };
+        self.tell(input).await;
+    }
+
+    async fn resume_attended(&self, guest: &Guest) -> Result<(), Failure> {
+        let _orders = guest.orders.lock().await;
+        let resumed = timeout(ORDER_MAX, guest.vm.resume()).await;
+        if !matches!(resumed, Ok(Ok(_))) {
+            end(&guest.vm).await;
+            return Err(lasting(format!("the VM does not go on: {}", why(resumed))));
+        }
+        let clock = guest_command::Command::SetClock(SetClock { unix_ns: unix_ns() });
+        if !guest.command(GuestCommand { command: Some(clock) }) {
+            tracing::warn!(sandbox = %guest.sandbox, "guest takes no commands, its clock is late");
+        }
+        Ok(())
+    }
+
+    /// `Effect::AdoptVm` of one that should be paused: it is halted, and only its end is seen.
+    async fn adopt_paused(&self, run: Run, sandbox: SandboxId) {
+        let found = self.hypervisors.adopt(&self.store.sandbox(sandbox).vm());
+        let Ok(Some(vm)) = found else {
+            let reason = "the VM ended while the node agent was away".to_owned();
+            return self.tell(Input::VmExited { sandbox, run, reason }).await;
+        };
+        let paused = timeout(ORDER_MAX, vm.pause()).await;
+        if !matches!(paused, Ok(Ok(()))) {
+            let failure = lasting(format!("the VM takes no orders: {}", why(paused)));
+            end(&vm).await;
+            return self.tell(Input::VmFailed { sandbox, run, failure }).await;
+        }
+        tracing::info!(%sandbox, run, "paused vm found");
+        self.tell(Input::VmPaused { sandbox, run }).await;
+        let reason = exit_reason(&vm.wait_exit().await);
+        self.tell(Input::VmExited { sandbox, run, reason }).await;
+    }
+
+    /// `Effect::KeepForks`.
+    pub fn keep_forks(&self, kept: BTreeSet<ForkId>) {
+        let forks = Arc::clone(&self.forks);
+        tokio::task::spawn_blocking(move || forks.keep(kept));
     }
 
     /// `Effect::Probe`: a ping through the very path that clients' streams take.
@@ -520,6 +717,14 @@ impl Machine {
     async fn tell(&self, input: Input) {
         // Nobody listens only when the node agent stops.
         let _ = self.inputs.send(input).await;
+    }
+}
+
+/// Why an order with a bound failed.
+fn why<T>(result: Result<io::Result<T>, tokio::time::error::Elapsed>) -> String {
+    match result {
+        Ok(Err(error)) => crate::chain(&error),
+        _ => format!("no answer within {} s", ORDER_MAX.as_secs()),
     }
 }
 

@@ -282,6 +282,8 @@ fn write(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), StoreError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use towline_node_core::Fork;
+    use towline_proto::ids::ForkId;
     use towline_proto::v1::{Desired, SandboxSpec};
 
     fn id() -> SandboxId {
@@ -305,6 +307,7 @@ mod tests {
                 spec: SandboxSpec { name: "a".into(), ..SandboxSpec::default() },
                 image_digest: "sha256:1".into(),
                 revision: 9,
+                fork: Some(Fork { source: id(), id: ForkId::from_bytes([8; 16]) }),
             },
             came_up: true,
             rest: Some(Rest::Failed { reason: "why".into() }),

@@ -137,6 +137,28 @@ async fn a_killed_node_agents_vms_live_on_and_are_taken_up() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paused_vm_stays_so_while_the_node_agent_is_away() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running)]);
+    world.control.until(1, 1, Phase::Running).await;
+    world.control.want(vec![desired(1, 2, Desired::Paused)]);
+    world.control.until(1, 2, Phase::Paused).await;
+    let laptop = world.laptop().await;
+    let refused = world.ping(&laptop, &world.ticket(&laptop, 1)).await.unwrap_err();
+    assert_eq!(refused.code(), StreamErrorCode::NotRunning, "{}", refused.message);
+    world.kill().await;
+    world.control.forget();
+    world.start();
+    world.control.until(1, 2, Phase::Paused).await;
+    assert_eq!(world.doubles.sessions(0), 1, "nobody talks to one that is halted");
+    world.control.want(vec![desired(1, 3, Desired::Running)]);
+    world.control.until(1, 3, Phase::Running).await;
+    let laptop = world.laptop().await;
+    world.ping(&laptop, &world.ticket(&laptop, 1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn after_a_reboot_a_sandbox_is_stopped_and_can_be_started() {
     let Some(mut world) = World::new().await else { return };
     world.start();

@@ -105,6 +105,8 @@ id!(/// One command inside a sandbox.
     ExecId, "exec_");
 id!(/// A join token, without its secret.
     TokenId, "token_");
+id!(/// One moment of a sandbox, of which copies are made.
+    ForkId, "fork_");
 id!(/// One right of a client to reach one sandbox.
     TicketId, "ticket_");
 id!(/// One synchronisation of one folder with one sandbox.

@@ -316,8 +316,10 @@ pub(super) async fn folder_sandbox(
     name: Option<&str>,
 ) -> anyhow::Result<Option<v1::Sandbox>> {
     let all = sandbox::list(cluster, Some(folder)).await?;
-    let named = |s: &v1::Sandbox| {
-        name.is_none_or(|name| s.spec.as_ref().is_some_and(|spec| spec.name == name))
+    // A copy is entered by its name only: its folder is still the other one's.
+    let named = |s: &v1::Sandbox| match name {
+        Some(name) => s.spec.as_ref().is_some_and(|spec| spec.name == name),
+        None => s.forked_from.is_none(),
     };
     Ok(all.into_iter().filter(usable).filter(named).max_by_key(|s| (s.created_ms, s.id.clone())))
 }

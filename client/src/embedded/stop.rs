@@ -57,8 +57,7 @@ async fn stop_sandboxes(layout: &Layout) -> anyhow::Result<usize> {
     let stop = async {
         let mut admin = enrol::connect(layout).await?;
         let wanted = list(&mut admin).await?;
-        let running: Vec<_> =
-            wanted.iter().filter(|s| s.desired() == v1::Desired::Running).collect();
+        let running: Vec<_> = wanted.iter().filter(|s| is_up(s.desired())).collect();
         for sandbox in &running {
             let request = v1::SetDesiredRequest {
                 idempotency_key: new_key(),
@@ -79,7 +78,14 @@ async fn stop_sandboxes(layout: &Layout) -> anyhow::Result<usize> {
 fn has_vm(sandbox: &v1::Sandbox) -> bool {
     use v1::Phase;
     let phase = sandbox.observed.clone().unwrap_or_default().phase();
-    matches!(phase, Phase::Preparing | Phase::Booting | Phase::Running | Phase::Stopping)
+    matches!(
+        phase,
+        Phase::Preparing | Phase::Booting | Phase::Running | Phase::Paused | Phase::Stopping
+    )
+}
+
+fn is_up(desired: v1::Desired) -> bool {
+    matches!(desired, v1::Desired::Running | v1::Desired::Paused)
 }
 
 async fn list(admin: &mut Admin) -> anyhow::Result<Vec<v1::Sandbox>> {

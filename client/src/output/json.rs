@@ -42,6 +42,10 @@ pub fn sandbox(sandbox: &v1::Sandbox) -> Value {
         "user": spec.user.as_ref().map(|user| json!({
             "name": user.name, "uid": user.uid, "gid": user.gid, "home": bytes(&user.home),
         })),
+        "forked_from": sandbox
+            .forked_from
+            .as_ref()
+            .map(|origin| id_text::<SandboxId>(&origin.sandbox_id)),
         "main_exit": observed.main_exit.as_ref().map(exit_status),
         "created_ms": sandbox.created_ms,
         "since_ms": sandbox.since_ms,
@@ -79,7 +83,7 @@ pub fn node(node: &v1::Node) -> Value {
         "version": node.version,
         "drivers": node.drivers.iter().map(|driver| json!({
             "name": driver.name, "accel": driver.accel, "snapshot": driver.snapshot,
-            "hotplug": driver.hotplug, "gpu": driver.gpu,
+            "hotplug": driver.hotplug, "gpu": driver.gpu, "fork": driver.fork,
         })).collect::<Vec<_>>(),
     })
 }

@@ -211,6 +211,11 @@ fn judge(found: &v1::Sandbox) -> Verdict {
         _ if found.desired() == Desired::Deleted => {
             Verdict::Gone(Failure::new(format!("sandbox {name} was removed")).into())
         }
+        Phase::Paused => {
+            let text = format!("sandbox {name} is paused");
+            let hint = format!("`tow resume {name}` lets it go on");
+            Verdict::Gone(Failure::new(text).hint(hint).into())
+        }
         Phase::Stopped => {
             let text = format!("sandbox {name} is stopped{because}");
             Verdict::Gone(Failure::new(text).hint(again()).into())

@@ -3,14 +3,15 @@
 
 use bytes::Bytes;
 use prost::Message;
-use towline_proto::v1::{Command, CommandBatch, command::What};
+use towline_proto::v1::{Command, CommandBatch, Desired, command::What};
 
 /// The newest version of batches that this build writes and applies. A batch is written with the
 /// oldest version that has all that it holds, so that what is new halts members of an older build
 /// only once it is used.
 ///
-/// 1: the first. 2: timeouts ([`What::SetExpiry`], `SandboxSpec.timeout_s`).
-pub const VERSION: u32 = 2;
+/// 1: the first. 2: timeouts ([`What::SetExpiry`], `SandboxSpec.timeout_s`). 3: pauses and forks
+/// ([`What::ForkSandbox`], `DESIRED_PAUSED`).
+pub const VERSION: u32 = 3;
 
 /// Most commands in one log entry.
 pub const BATCH_COMMANDS_MAX: usize = 1000;
@@ -64,6 +65,8 @@ pub fn encode(now_ms: u64, commands: Vec<Command>) -> Bytes {
 /// The oldest version that has all of a command.
 fn version_of(command: &Command) -> u32 {
     match &command.what {
+        Some(What::ForkSandbox(_)) => 3,
+        Some(What::SetDesired(set)) if set.desired() == Desired::Paused => 3,
         Some(What::SetExpiry(_)) => 2,
         Some(What::CreateSandbox(create))
             if create.spec.as_ref().is_some_and(|spec| spec.timeout_s != 0) =>
@@ -122,6 +125,13 @@ mod tests {
         assert_eq!(version(create(0)), Ok(1));
         assert_eq!(version(create(60)), Ok(2));
         assert_eq!(version(What::SetExpiry(Default::default())), Ok(2));
+        assert_eq!(version(What::ForkSandbox(Default::default())), Ok(3));
+        let set = |desired: Desired| {
+            let desired = desired.into();
+            What::SetDesired(towline_proto::v1::SetDesiredCommand { desired, ..Default::default() })
+        };
+        assert_eq!(version(set(Desired::Stopped)), Ok(1));
+        assert_eq!(version(set(Desired::Paused)), Ok(3));
     }
 
     #[test]

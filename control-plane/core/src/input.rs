@@ -54,8 +54,10 @@ pub struct Caller {
 pub enum Request {
     /// Admit, place and reserve.
     CreateSandbox(v1::CreateSandboxRequest),
-    /// Start, stop, delete.
+    /// Start, pause, stop, delete.
     SetDesired(v1::SetDesiredRequest),
+    /// Copy a running one.
+    ForkSandbox(v1::ForkSandboxRequest),
     /// When to stop it.
     SetExpiry(v1::SetExpiryRequest),
     /// One by id or name.
@@ -94,6 +96,8 @@ pub enum Request {
 pub enum Answer {
     /// One sandbox.
     Sandbox(Box<v1::Sandbox>),
+    /// Copies that were made.
+    Forked(Vec<v1::Sandbox>),
     /// A page of them.
     Sandboxes(v1::ListSandboxesResponse),
     /// What to put into a ticket.

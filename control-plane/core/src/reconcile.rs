@@ -122,5 +122,6 @@ fn desired(state: &State, id: SandboxId) -> Option<v1::NodeDirective> {
         reason: sandbox.desired_reason.clone(),
         // A node names the driver once it has started a VM; that is kept over later starts.
         ran: sandbox.observed.as_ref().is_some_and(|observed| !observed.driver.is_empty()),
+        forked_from: sandbox.forked_from.clone(),
     })))
 }

@@ -2,7 +2,8 @@
 //! file in the tests; a reader refuses what is newer than itself.
 
 use prost::Message;
-use towline_proto::v1::{MembershipRecord, Sandbox, StateSnapshot};
+use towline_proto::v1::outcome::What;
+use towline_proto::v1::{Desired, MembershipRecord, Observed, Phase, Sandbox, StateSnapshot};
 
 use crate::command::Halt;
 use crate::refusal::Refusal;
@@ -12,8 +13,8 @@ use crate::state::tokens::token_id;
 /// The newest layout that this build writes and reads; a state is written in the oldest that holds
 /// all of it.
 ///
-/// 1: the first. 2: timeouts.
-pub const VERSION: u32 = 2;
+/// 1: the first. 2: timeouts. 3: pauses and forks.
+pub const VERSION: u32 = 3;
 
 /// Encodes the state.
 pub fn encode(state: &State) -> Vec<u8> {
@@ -42,13 +43,23 @@ pub fn encode(state: &State) -> Vec<u8> {
 }
 
 fn version_of(state: &State) -> u32 {
-    let has_timeout = |sandbox: &Sandbox| {
+    let needs = |sandbox: &Sandbox| {
         let timeout_s = sandbox.spec.as_ref().map_or(0, |spec| spec.timeout_s);
-        timeout_s != 0 || !sandbox.desired_reason.is_empty()
+        let phase = sandbox.observed.as_ref().map(Observed::phase);
+        let is_paused = sandbox.desired() == Desired::Paused || phase == Some(Phase::Paused);
+        match timeout_s != 0 || !sandbox.desired_reason.is_empty() {
+            _ if is_paused || sandbox.forked_from.is_some() => 3,
+            true => 2,
+            false => 1,
+        }
     };
-    let mut records = state.sandboxes.after(None);
-    let any = records.any(|(_, record)| record.sandbox.as_ref().is_some_and(has_timeout));
-    if any { 2 } else { 1 }
+    let records = state.sandboxes.after(None);
+    let versions = records.filter_map(|(_, record)| record.sandbox.as_ref()).map(needs);
+    let forked = state.dedup.iter().any(|record| {
+        let what = record.outcome.as_ref().and_then(|outcome| outcome.what.as_ref());
+        matches!(what, Some(What::Forked(_)))
+    });
+    versions.max().unwrap_or(1).max(if forked { 3 } else { 1 })
 }
 
 /// Decodes a state; `index` is only for the message.

@@ -6,6 +6,7 @@
 
 pub mod dedup;
 pub mod expiry;
+pub mod forks;
 pub mod images;
 pub mod nodes;
 pub mod projects;
@@ -47,6 +48,8 @@ pub struct State {
 pub enum Done {
     /// The sandbox after it.
     Sandbox(Box<v1::Sandbox>),
+    /// The copies that it made.
+    Forked(Vec<v1::Sandbox>),
     /// The image after it.
     Image(v1::Image),
     /// The token it made.
@@ -110,6 +113,7 @@ impl State {
         match &command.what {
             Some(What::CreateSandbox(create)) => self.create_sandbox(create, changes),
             Some(What::SetDesired(set)) => self.set_desired(set, changes),
+            Some(What::ForkSandbox(fork)) => self.fork_sandbox(fork, changes),
             Some(What::SetExpiry(set)) => self.set_expiry(set, changes),
             Some(What::RegisterNode(register)) => self.register_node(register, changes),
             Some(What::ReportObserved(report)) => self.report_observed(report, changes),

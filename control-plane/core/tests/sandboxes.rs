@@ -58,7 +58,12 @@ impl World {
     }
 
     fn register(&mut self, memory_mib: u64) {
-        let driver = v1::Driver { isolation: v1::Isolation::Vm.into(), ..Default::default() };
+        let driver = v1::Driver {
+            name: "vm".into(),
+            isolation: v1::Isolation::Vm.into(),
+            fork: true,
+            ..Default::default()
+        };
         let node = v1::RegisterNode {
             name: "n".into(),
             capacity: Some(v1::Capacity { cpus: 16, memory_mib, disk_mib: 100_000 }),
@@ -453,4 +458,157 @@ fn a_node_is_told_whether_a_sandbox_has_had_a_vm_there() {
     world.report(&stopped, Phase::Stopped);
     world.set(&made.id, Desired::Running).unwrap();
     assert!(told(&world));
+}
+
+impl World {
+    /// One that runs by this driver of the node's.
+    fn running(&mut self, name: &str, memory_mib: u64, driver: &str) -> v1::Sandbox {
+        let made = self.create(name, memory_mib).unwrap();
+        self.report_by(&made, Phase::Running, driver);
+        self.get(&made.id).unwrap()
+    }
+
+    fn report_by(&mut self, of: &v1::Sandbox, phase: Phase, driver: &str) {
+        self.sequence += 1;
+        let observed = v1::Observed {
+            sandbox_id: of.id.clone(),
+            epoch: of.epoch,
+            generation: of.generation,
+            phase: phase.into(),
+            driver: driver.into(),
+            ..Default::default()
+        };
+        let batch = v1::ObservedBatch { sequence: self.sequence, observed: vec![observed] };
+        self.input(Input::Observed(SESSION, batch));
+    }
+
+    fn fork(&mut self, id: &[u8], count: u32, name: &str) -> Result<Vec<v1::Sandbox>, Refusal> {
+        let idempotency_key = self.key();
+        self.fork_with(idempotency_key, id, count, name)
+    }
+
+    fn fork_with(
+        &mut self,
+        idempotency_key: Vec<u8>,
+        id: &[u8],
+        count: u32,
+        name: &str,
+    ) -> Result<Vec<v1::Sandbox>, Refusal> {
+        let request =
+            v1::ForkSandboxRequest { idempotency_key, id: id.to_vec(), count, name: name.into() };
+        self.ask("ada", Request::ForkSandbox(request)).map(|answer| match answer {
+            Answer::Forked(made) => made,
+            other => panic!("{other:?}"),
+        })
+    }
+
+    fn reserved_mib(&self) -> u64 {
+        let mut nodes = self.core.state().nodes.iter();
+        nodes.next().unwrap().1.node.as_ref().unwrap().reserved.unwrap().memory_mib
+    }
+}
+
+fn named(sandbox: &v1::Sandbox) -> &str {
+    &sandbox.spec.as_ref().unwrap().name
+}
+
+#[test]
+fn a_paused_sandbox_keeps_its_memory_its_main_exit_and_its_timeout() {
+    let mut world = World::new();
+    let made = world.running("a", 1024, "vm");
+    world.expire(&made.id, 60).unwrap();
+    let paused = world.set(&made.id, Desired::Paused).unwrap();
+    assert_eq!((paused.desired(), paused.generation), (Desired::Paused, 2));
+    assert_eq!(paused.observed.as_ref().unwrap().phase(), Phase::Running, "it still runs");
+    world.report_by(&paused, Phase::Paused, "vm");
+    let paused = world.get(&made.id).unwrap();
+    assert_eq!((paused.observed.unwrap().phase(), world.reserved_mib()), (Phase::Paused, 1024));
+    let resumed = world.set(&made.id, Desired::Running).unwrap();
+    assert_eq!(resumed.observed.as_ref().unwrap().phase(), Phase::Paused, "until the node says so");
+    assert_eq!(resumed.expires_ms, paused.expires_ms);
+    world.set(&made.id, Desired::Paused).unwrap();
+    world.pass(61_000);
+    let stopped = world.get(&made.id).unwrap();
+    assert_eq!(
+        (stopped.desired(), stopped.desired_reason.as_str()),
+        (Desired::Stopped, "timeout 1m")
+    );
+}
+
+#[test]
+fn only_what_runs_can_be_paused() {
+    let mut world = World::new();
+    let made = world.running("a", 1024, "vm");
+    let stopped = world.set(&made.id, Desired::Stopped).unwrap();
+    let refused = world.set(&made.id, Desired::Paused).unwrap_err();
+    assert!(refused.message.contains("`tow start a` first"), "{refused:?}");
+    world.report(&stopped, Phase::Stopped);
+    // One whose VM ended while it was paused begins anew, with its memory reserved anew.
+    let running = world.set(&made.id, Desired::Running).unwrap();
+    world.report_by(&running, Phase::Running, "vm");
+    let paused = world.set(&made.id, Desired::Paused).unwrap();
+    world.report_by(&paused, Phase::Stopped, "vm");
+    assert_eq!(world.reserved_mib(), 0);
+    let again = world.set(&made.id, Desired::Running).unwrap();
+    assert_eq!((again.observed.unwrap().phase(), world.reserved_mib()), (Phase::Placed, 1024));
+}
+
+#[test]
+fn copies_are_made_all_or_none_where_the_original_runs() {
+    let mut world = World::new();
+    let made = world.running("a", 1536, "vm");
+    let copies = world.fork(&made.id, 2, "b").unwrap();
+    assert_eq!(copies.iter().map(named).collect::<Vec<_>>(), ["b-1", "b-2"]);
+    let origins: Vec<_> = copies.iter().map(|copy| copy.forked_from.clone().unwrap()).collect();
+    assert!(origins.iter().all(|origin| *origin == origins[0] && origin.sandbox_id == made.id));
+    assert!(copies.iter().all(|copy| copy.node_id == made.node_id && copy.owner == "ada"));
+    assert_eq!(world.reserved_mib(), 3 * 1536);
+    // The node is told what each begins as.
+    let told = world.seen.iter().rev().find_map(|effect| match effect {
+        Effect::Directives(_, directives) => Some(directives),
+        _ => None,
+    });
+    let told = told.unwrap().iter().filter_map(|one| match &one.directive {
+        Some(Directive::Desired(desired)) => Some(desired.forked_from.clone()),
+        _ => None,
+    });
+    assert_eq!(told.collect::<Vec<_>>(), vec![Some(origins[0].clone()); 2]);
+
+    let refused = world.fork(&made.id, 5, "").unwrap_err();
+    assert_eq!(refused.kind, RefusalKind::Exhausted);
+    assert!(refused.message.contains("5 copies need 7.5 GiB of memory"), "{refused:?}");
+    let refused = world.fork(&made.id, 2, "b").unwrap_err();
+    assert_eq!(refused.kind, RefusalKind::AlreadyExists);
+    assert_eq!(world.reserved_mib(), 3 * 1536);
+    let unnamed = world.fork(&made.id, 1, "").unwrap();
+    assert!(!named(&unnamed[0]).is_empty());
+    let refused = world.fork(&made.id, 1, "").unwrap_err();
+    assert!(refused.message.contains("20 GiB of disk"), "{refused:?}");
+}
+
+#[test]
+fn a_repeated_fork_makes_no_more_copies() {
+    let mut world = World::new();
+    let made = world.running("a", 1024, "vm");
+    let key = world.key();
+    let first = world.fork_with(key.clone(), &made.id, 2, "").unwrap();
+    assert_eq!(world.fork_with(key, &made.id, 2, "").unwrap(), first);
+    assert_eq!(world.core.state().sandboxes.len(), 3);
+}
+
+#[test]
+fn what_cannot_be_forked_is_refused_before_anything_is_done() {
+    let mut world = World::new();
+    let made = world.running("a", 1024, "process");
+    let refused = world.fork(&made.id, 1, "").unwrap_err();
+    assert!(refused.message.contains("the driver `process`"), "{refused:?}");
+    let other = world.running("b", 1024, "vm");
+    assert_eq!(world.fork(&other.id, 0, "").unwrap_err().kind, RefusalKind::Invalid);
+    assert_eq!(world.fork(&other.id, 65, "").unwrap_err().kind, RefusalKind::Invalid);
+    assert_eq!(world.fork(&other.id, 1, "sbx_x").unwrap_err().kind, RefusalKind::Invalid);
+    let paused = world.set(&other.id, Desired::Paused).unwrap();
+    world.report_by(&paused, Phase::Paused, "vm");
+    let refused = world.fork(&other.id, 1, "").unwrap_err();
+    assert!(refused.message.contains("`tow resume b` first"), "{refused:?}");
+    assert_eq!(world.core.state().sandboxes.len(), 2);
 }

@@ -107,6 +107,14 @@ impl ControlPlane for Service {
         expect!(answer, Answer::Sandbox(sandbox) => *sandbox)
     }
 
+    async fn fork_sandbox(
+        &self,
+        request: Request<v1::ForkSandboxRequest>,
+    ) -> Reply<v1::ForkSandboxResponse> {
+        let answer = self.ask(&request, Ask::ForkSandbox(request.get_ref().clone())).await?;
+        expect!(answer, Answer::Forked(sandboxes) => v1::ForkSandboxResponse { sandboxes })
+    }
+
     async fn set_expiry(&self, request: Request<v1::SetExpiryRequest>) -> Reply<v1::Sandbox> {
         let answer = self.ask(&request, Ask::SetExpiry(request.get_ref().clone())).await?;
         expect!(answer, Answer::Sandbox(sandbox) => *sandbox)

@@ -264,6 +264,7 @@ fn obey(has: &Has, desired: v1::DesiredSandbox) -> v1::Observed {
     let mut has = has.lock().unwrap();
     let phase = match desired.desired() {
         Desired::Running => Phase::Running,
+        Desired::Paused => Phase::Paused,
         Desired::Stopped => Phase::Stopped,
         Desired::Deleted | Desired::Unspecified => Phase::Gone,
     };

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use towline_proto::ids::{NodeId, SandboxId};
+use towline_proto::ids::{ForkId, NodeId, SandboxId};
 use towline_proto::v1::{Capacity, Desired, Observed, Phase};
 
 use crate::capacity::Promised;
@@ -31,6 +31,8 @@ pub struct NodeAgent {
     gone: BTreeMap<SandboxId, (u64, u64)>,
     /// Named by the present session; `None` after its first bookmark.
     named: Option<BTreeSet<SandboxId>>,
+    /// What was told last to keep; `None` before all that is wanted here was told once.
+    forks: Option<BTreeSet<ForkId>>,
     reports: Reports,
     numbers: u64,
 }
@@ -45,6 +47,7 @@ impl NodeAgent {
             leftovers: BTreeSet::new(),
             gone: BTreeMap::new(),
             named: None,
+            forks: None,
             reports: Reports::default(),
             numbers: 0,
         }
@@ -54,9 +57,20 @@ impl NodeAgent {
     pub fn step(&mut self, now: Duration, input: Input) -> Vec<Effect> {
         let mut effects = Vec::new();
         self.take(now, input, &mut effects);
+        self.keep_forks(&mut effects);
         let Self { reports, sandboxes, .. } = self;
         effects.extend(reports.next(|id| sandboxes.get(&id)?.observed()));
         effects
+    }
+
+    /// Tells when some are not needed any more (or are newly wanted, which does no harm).
+    fn keep_forks(&mut self, effects: &mut Vec<Effect>) {
+        let Some(told) = &mut self.forks else { return };
+        let wanted: BTreeSet<_> = self.sandboxes.values().filter_map(Sandbox::wants_fork).collect();
+        if *told != wanted {
+            told.clone_from(&wanted);
+            effects.push(Effect::KeepForks { forks: wanted });
+        }
     }
 
     /// When the next `Tick` is wanted.
@@ -226,6 +240,13 @@ impl NodeAgent {
                 sandbox.destroy(&mut Context { now, numbers: &mut self.numbers, effects });
             }
         }
+        if self.forks.is_none() {
+            // Others may have been left by an earlier node agent.
+            let forks: BTreeSet<_> =
+                self.sandboxes.values().filter_map(Sandbox::wants_fork).collect();
+            effects.push(Effect::KeepForks { forks: forks.clone() });
+            self.forks = Some(forks);
+        }
         let leftovers = std::mem::take(&mut self.leftovers);
         effects.extend(leftovers.into_iter().map(|sandbox| Effect::Destroy { sandbox }));
         let gone: Vec<_> = self.sandboxes.keys().copied().collect();
@@ -274,6 +295,9 @@ fn recover_one(sandbox: &mut Sandbox, vm: FoundVm, cx: &mut Context<'_>) {
     let came_up = sandbox.record.came_up;
     match (sandbox.record.assignment.desired, vm) {
         (Desired::Deleted, _) => sandbox.destroy(cx),
+        (_, FoundVm::Alive) if !came_up && sandbox.record.assignment.copies().is_some() => {
+            sandbox.end_unfinished_copy(cx);
+        }
         (_, FoundVm::Alive) => {
             sandbox.record.rest = None;
             sandbox.adopt(cx);
@@ -282,7 +306,7 @@ fn recover_one(sandbox: &mut Sandbox, vm: FoundVm, cx: &mut Context<'_>) {
         (_, FoundVm::Ended { reason }) => sandbox.rest(Rest::Failed { reason }, cx),
         // It rests already; its stage says so from the start.
         (_, FoundVm::None) if sandbox.record.rest.is_some() => {}
-        (Desired::Running, FoundVm::None) => sandbox.resume_start(cx),
+        (Desired::Running | Desired::Paused, FoundVm::None) => sandbox.resume_start(cx),
         (Desired::Stopped | Desired::Unspecified, FoundVm::None) => {
             sandbox.rest(Rest::Stopped { reason: "stopped".into() }, cx);
         }
@@ -301,6 +325,9 @@ fn about(input: &Input) -> Option<(SandboxId, Option<Run>)> {
         | Input::PrepareFailed { sandbox, run, .. }
         | Input::VmStarted { sandbox, run, .. }
         | Input::VmFailed { sandbox, run, .. }
+        | Input::VmPaused { sandbox, run }
+        | Input::PauseFailed { sandbox, run, .. }
+        | Input::VmResumed { sandbox, run }
         | Input::ProbeAnswered { sandbox, run }
         | Input::ProbeFailed { sandbox, run, .. }
         | Input::GuestLost { sandbox, run, .. }
@@ -330,6 +357,9 @@ fn tell(sandbox: &mut Sandbox, input: Input, cx: &mut Context<'_>) {
         Input::VmStarted { driver, isolation, start, .. } => {
             sandbox.vm_started(driver, isolation, start, cx);
         }
+        Input::VmPaused { .. } => sandbox.vm_paused(cx),
+        Input::PauseFailed { reason, .. } => sandbox.pause_failed(&reason, cx),
+        Input::VmResumed { .. } => sandbox.vm_resumed(cx),
         Input::ProbeAnswered { .. } => sandbox.probe_answered(cx),
         Input::ProbeFailed { reason, .. } => sandbox.probe_failed(&reason, cx),
         Input::GuestLost { reason, .. } => sandbox.guest_lost(reason, cx),

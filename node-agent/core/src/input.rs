@@ -4,10 +4,13 @@
 //! CLOCK_BOOTTIME as a `Duration`. The invariant: each VM start has a `run` number of its own, and
 //! what is told about another run than the newest is ignored.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use towline_proto::ids::{IdError, NodeId, SandboxId};
-use towline_proto::v1::{Capacity, Desired, DesiredSandbox, ExitStatus, Observed, SandboxSpec};
+use towline_proto::ids::{ForkId, IdError, NodeId, SandboxId};
+use towline_proto::v1::{
+    Capacity, Desired, DesiredSandbox, ExitStatus, ForkOrigin, Observed, SandboxSpec,
+};
 
 /// One start of a sandbox's VM, numbered through the life of the core.
 pub type Run = u64;
@@ -36,6 +39,24 @@ pub struct Assignment {
     pub image_digest: String,
     /// Revision of the control plane's state that this record is of.
     pub revision: u64,
+    /// What it begins as a copy of.
+    pub fork: Option<Fork>,
+}
+
+/// What a sandbox begins as a copy of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fork {
+    /// Whose memory and disk.
+    pub source: SandboxId,
+    /// At which moment: all copies of one fork are of the same.
+    pub id: ForkId,
+}
+
+impl Assignment {
+    /// What its next start makes a copy of; only its first start does.
+    pub fn copies(&self) -> Option<Fork> {
+        self.fork.filter(|_| !self.ran)
+    }
 }
 
 /// Says why a desired record of the control plane makes no sense.
@@ -44,6 +65,15 @@ pub enum AssignmentError {
     /// The id is not one.
     #[error("a desired record names no sandbox")]
     Id(#[source] IdError),
+    /// What it should be a copy of is no sandbox, or at no moment.
+    #[error("the desired record of {sandbox} makes it a copy of something that is none")]
+    Fork {
+        /// Which sandbox.
+        sandbox: SandboxId,
+        /// Why.
+        #[source]
+        source: IdError,
+    },
     /// Nothing known is wanted of it.
     #[error("the desired record of {sandbox} wants {desired}, which this node agent does not know")]
     Desired {
@@ -65,7 +95,9 @@ impl TryFrom<DesiredSandbox> for Assignment {
             }
             Ok(desired) => desired,
         };
+        let fork = message.forked_from.as_ref().map(Fork::try_from).transpose();
         Ok(Self {
+            fork: fork.map_err(|source| AssignmentError::Fork { sandbox, source })?,
             sandbox,
             epoch: message.epoch,
             generation: message.generation,
@@ -91,7 +123,20 @@ impl From<&Assignment> for DesiredSandbox {
             revision: assignment.revision,
             reason: assignment.reason.clone(),
             ran: assignment.ran,
+            forked_from: assignment.fork.map(|fork| ForkOrigin {
+                sandbox_id: fork.source.to_vec(),
+                fork_id: fork.id.to_vec(),
+            }),
         }
+    }
+}
+
+impl TryFrom<&ForkOrigin> for Fork {
+    type Error = IdError;
+
+    fn try_from(message: &ForkOrigin) -> Result<Self, IdError> {
+        let source = SandboxId::try_from(&message.sandbox_id[..])?;
+        Ok(Self { source, id: ForkId::try_from(&message.fork_id[..])? })
     }
 }
 
@@ -271,6 +316,29 @@ pub enum Input {
         /// Why.
         failure: Failure,
     },
+    /// The VM is halted, and keeps all that it has.
+    VmPaused {
+        /// Whose.
+        sandbox: SandboxId,
+        /// Which run.
+        run: Run,
+    },
+    /// It could not be halted, and goes on.
+    PauseFailed {
+        /// Whose.
+        sandbox: SandboxId,
+        /// Which run.
+        run: Run,
+        /// Why.
+        reason: String,
+    },
+    /// A halted VM goes on, and its guest can be reached. (`VmFailed` where it could not.)
+    VmResumed {
+        /// Whose.
+        sandbox: SandboxId,
+        /// Which run.
+        run: Run,
+    },
     /// The probe through the path that users use answered.
     ProbeAnswered {
         /// Whose.
@@ -384,7 +452,8 @@ pub enum Effect {
         /// For what.
         assignment: Box<Assignment>,
     },
-    /// Take up the VM that an earlier node agent left, then `VmStarted` or `VmFailed`.
+    /// Take up the VM that an earlier node agent left, then `VmStarted` or `VmFailed`. One that should
+    /// be paused is halted, and its guest left alone: `VmPaused`.
     AdoptVm {
         /// Its number from now on.
         run: Run,
@@ -397,6 +466,21 @@ pub enum Effect {
         sandbox: SandboxId,
         /// Which run.
         run: Run,
+    },
+    /// Halt the VM, then `VmPaused` or `PauseFailed`.
+    PauseVm {
+        /// Whose.
+        sandbox: SandboxId,
+        /// Which run.
+        run: Run,
+    },
+    /// Let a halted VM go on, reach its guest if nobody has yet, then `VmResumed` or `VmFailed`. One
+    /// that was not halted just goes on.
+    ResumeVm {
+        /// Which run.
+        run: Run,
+        /// For what.
+        assignment: Box<Assignment>,
     },
     /// Ask the guest to end its workload and power off; `VmExited` says that it did.
     StopVm {
@@ -418,6 +502,11 @@ pub enum Effect {
     Destroy {
         /// Whose.
         sandbox: SandboxId,
+    },
+    /// Keep what was saved for these forks, and remove that of all others.
+    KeepForks {
+        /// Of which copies are still to be made.
+        forks: BTreeSet<ForkId>,
     },
     /// Open or shut the sandbox to streams.
     Gate {

@@ -36,6 +36,8 @@ struct Seen {
     prepared: Option<Run>,
     /// The run that answered its probe, or was taken up.
     answered: Option<Run>,
+    /// The run that is halted, or may be.
+    halted: Option<Run>,
     /// Its removal has begun.
     destroying: bool,
     told: Option<(Session, Observed)>,
@@ -82,6 +84,16 @@ impl Watcher {
             Input::VmStarted { sandbox, run, .. } | Input::ProbeAnswered { sandbox, run } => {
                 self.seen.entry(*sandbox).or_default().answered = Some(*run);
             }
+            Input::VmPaused { sandbox, run } => {
+                self.seen.entry(*sandbox).or_default().halted = Some(*run);
+            }
+            Input::VmResumed { sandbox, run } => {
+                let seen = self.seen.entry(*sandbox).or_default();
+                (seen.halted, seen.answered) = (None, Some(*run));
+            }
+            Input::PauseFailed { sandbox, .. } => {
+                self.seen.entry(*sandbox).or_default().halted = None;
+            }
             Input::PrepareFailed { sandbox, run, .. }
             | Input::VmFailed { sandbox, run, .. }
             | Input::VmExited { sandbox, run, .. } => {
@@ -127,6 +139,16 @@ impl Watcher {
                 rule(seen.prepared == Some(*run), id, "a VM is started unprepared")?;
                 rule(seen.live == Some(*run), id, "a VM is started for a run that is over")
             }
+            Effect::ResumeVm { run, assignment } => {
+                let live = self.seen.entry(assignment.sandbox).or_default().live;
+                rule(live == Some(*run), assignment.sandbox, "a run that is over is resumed")
+            }
+            Effect::PauseVm { sandbox, run } => {
+                let seen = self.seen.entry(*sandbox).or_default();
+                rule(seen.live == Some(*run), *sandbox, "a run that is over is paused")?;
+                seen.halted = Some(*run);
+                Ok(())
+            }
             Effect::Probe { sandbox, run }
             | Effect::StopVm { sandbox, run, .. }
             | Effect::KillVm { sandbox, run } => {
@@ -140,8 +162,11 @@ impl Watcher {
             Effect::Gate { sandbox, gate: Gate::Open { .. } } => {
                 let seen = self.seen.entry(*sandbox).or_default();
                 let answered = seen.answered.is_some() && seen.answered == seen.live;
-                rule(answered && !seen.destroying, *sandbox, "streams are let in too early")
+                rule(answered && !seen.destroying, *sandbox, "streams are let in too early")?;
+                let halted = seen.halted.is_some() && seen.halted == seen.live;
+                rule(!halted, *sandbox, "streams are let in to what is halted")
             }
+            Effect::KeepForks { .. } => Ok(()),
             Effect::Gate { gate: Gate::Closing { .. } | Gate::Shut { .. }, .. } => Ok(()),
             Effect::Report { session, sequence, observed } => {
                 self.report(*session, *sequence, observed)

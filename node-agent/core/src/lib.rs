@@ -18,8 +18,8 @@ mod reports;
 pub use agent::NodeAgent;
 pub use capacity::Promised;
 pub use input::{
-    Assignment, AssignmentError, Effect, Failure, Found, FoundVm, Gate, Input, Record, Rest, Run,
-    Session,
+    Assignment, AssignmentError, Effect, Failure, Fork, Found, FoundVm, Gate, Input, Record, Rest,
+    Run, Session,
 };
 pub use invariants::{Watcher, check};
 pub use lifecycle::bounds;

@@ -7,7 +7,8 @@
 //!    │ │       Waiting ◀─────────────────────────────────────────┤
 //!    │ └──────────────────────────────────────────▶ Resting      │
 //!    └───────────────────────────────────────────────────────────┘
-//!  after a restart of the node agent: Adopting ─▶ Running, or Probing, or Stopping
+//!  Running ─▶ Pausing ─▶ Paused ─▶ Resuming ─▶ Running, or Stopping
+//!  after a restart of the node agent: Adopting ─▶ Running, or Paused, or Probing, or Stopping
 //!  any ─▶ Destroying ─▶ Gone
 //! ```
 //! Left to `agent`: which records are refused, what is reported when, what fits. The invariant: a
@@ -15,7 +16,7 @@
 
 use std::time::Duration;
 
-use towline_proto::ids::SandboxId;
+use towline_proto::ids::{ForkId, SandboxId};
 use towline_proto::v1::{Desired, Observed, Phase, Shape};
 
 use crate::input::{Assignment, Effect, Failure, Gate, Record, Rest, Run};
@@ -32,6 +33,10 @@ pub mod bounds {
     pub const PROBE_MAX: Duration = Duration::from_secs(60);
     /// Taking up a VM that ran before: generous, because giving up kills somebody's work.
     pub const ADOPT_MAX: Duration = Duration::from_secs(300);
+    /// Halting a VM, which finishes what its disks were doing.
+    pub const PAUSE_MAX: Duration = Duration::from_secs(60);
+    /// Letting one go on; a guest that was not reached since a restart is taken up, too.
+    pub const RESUME_MAX: Duration = ADOPT_MAX;
     /// Between TERM and KILL of a workload that is stopped.
     pub const STOP_GRACE: Duration = Duration::from_secs(10);
     /// From asking a guest to power off to killing its VM.
@@ -48,8 +53,8 @@ pub mod bounds {
     pub const DESTROY_MAX: Duration = Duration::from_secs(60);
 }
 use bounds::{
-    ADOPT_MAX, BOOT_MAX, BOOT_TRIES_MAX, DESTROY_MAX, KILL_RETRY, PREPARE_MAX, PREPARE_TRIES_MAX,
-    PROBE_MAX, RETRY_PAUSE, STOP_GRACE, STOP_MAX,
+    ADOPT_MAX, BOOT_MAX, BOOT_TRIES_MAX, DESTROY_MAX, KILL_RETRY, PAUSE_MAX, PREPARE_MAX,
+    PREPARE_TRIES_MAX, PROBE_MAX, RESUME_MAX, RETRY_PAUSE, STOP_GRACE, STOP_MAX,
 };
 
 /// What a step may use: the time, fresh numbers, and where effects go.
@@ -92,6 +97,16 @@ pub(crate) enum Stage {
         deadline: Duration,
     },
     Running,
+    /// It is being halted; nothing is said of it meanwhile.
+    Pausing {
+        deadline: Duration,
+    },
+    /// Its VM is halted.
+    Paused,
+    /// It is being let go on, to run or to be stopped.
+    Resuming {
+        deadline: Duration,
+    },
     /// What may live of the run is being ended; `cause` says what then.
     Stopping {
         cause: Cause,
@@ -185,11 +200,40 @@ impl Sandbox {
             | Stage::Adopting { deadline }
             | Stage::Booting { deadline }
             | Stage::Probing { deadline }
+            | Stage::Pausing { deadline }
+            | Stage::Resuming { deadline }
             | Stage::Stopping { deadline, .. } => Some(*deadline),
             Stage::Waiting { until } => Some(*until),
             Stage::Destroying { again, .. } => Some(*again),
-            Stage::Placed { .. } | Stage::Running | Stage::Resting | Stage::Gone => None,
+            Stage::Placed { .. }
+            | Stage::Running
+            | Stage::Paused
+            | Stage::Resting
+            | Stage::Gone => None,
         }
+    }
+
+    /// The moment that a copy is still to be made of for it.
+    pub(crate) fn wants_fork(&self) -> Option<ForkId> {
+        let fork = self.record.assignment.copies()?;
+        let begins = match &self.stage {
+            Stage::Placed { .. }
+            | Stage::Preparing { .. }
+            | Stage::Waiting { .. }
+            | Stage::Booting { .. }
+            | Stage::Probing { .. }
+            | Stage::Stopping { cause: Cause::Failing(_), .. } => true,
+            Stage::Adopting { .. }
+            | Stage::Running
+            | Stage::Pausing { .. }
+            | Stage::Paused
+            | Stage::Resuming { .. }
+            | Stage::Stopping { .. }
+            | Stage::Resting
+            | Stage::Destroying { .. }
+            | Stage::Gone => false,
+        };
+        (begins && !self.record.came_up).then_some(fork.id)
     }
 
     /// What the control plane should know; nothing while that is not settled or not on disk.
@@ -200,12 +244,13 @@ impl Sandbox {
             return None;
         }
         let (phase, reason) = match &self.stage {
-            Stage::Adopting { .. } => return None,
+            Stage::Adopting { .. } | Stage::Pausing { .. } | Stage::Resuming { .. } => return None,
             Stage::Placed { .. } | Stage::Preparing { .. } | Stage::Waiting { .. } => {
                 (Phase::Preparing, self.note.as_str())
             }
             Stage::Booting { .. } | Stage::Probing { .. } => (Phase::Booting, self.note.as_str()),
             Stage::Running => (Phase::Running, self.note.as_str()),
+            Stage::Paused => (Phase::Paused, self.note.as_str()),
             Stage::Stopping { .. } => (Phase::Stopping, self.note.as_str()),
             Stage::Resting => match &self.record.rest {
                 Some(Rest::Failed { reason }) => (Phase::Failed, reason.as_str()),
@@ -245,6 +290,7 @@ impl Sandbox {
         match self.record.assignment.desired {
             Desired::Running => self.want_running(new_epoch, refusal, cx),
             Desired::Stopped => self.want_stopped(cx),
+            Desired::Paused => self.want_paused(new_epoch, refusal, cx),
             Desired::Deleted => self.destroy(cx),
             Desired::Unspecified => {}
         }
@@ -252,14 +298,34 @@ impl Sandbox {
 
     fn want_running(&mut self, new_epoch: bool, refusal: Option<String>, cx: &mut Context<'_>) {
         match self.stage {
+            // The moment is forgotten with the failure.
+            Stage::Resting
+                if self.record.assignment.copies().is_some() && self.record.rest.is_some() =>
+            {
+                let reason = "it never came to be the copy that it should be, and what it should be \
+                              a copy of was not kept: remove it (`tow rm`) and fork again";
+                self.rest(Rest::Failed { reason: reason.into() }, cx);
+            }
             Stage::Resting | Stage::Placed { .. } | Stage::Waiting { .. } => match refusal {
                 None => self.start(cx),
                 Some(reason) => self.rest(Rest::Failed { reason }, cx),
             },
-            Stage::Running | Stage::Adopting { .. } if new_epoch => {
+            Stage::Running
+            | Stage::Pausing { .. }
+            | Stage::Paused
+            | Stage::Resuming { .. }
+            | Stage::Adopting { .. }
+                if new_epoch =>
+            {
                 self.gate_shut("the sandbox was placed anew", cx);
                 self.kill(Cause::Wanted, cx);
             }
+            Stage::Paused => {
+                self.resume(cx);
+                self.persist(cx);
+            }
+            // It goes on as soon as it is halted.
+            Stage::Pausing { .. } | Stage::Resuming { .. } => self.persist(cx),
             // Whatever it is being ended for, the new record wants it started after that.
             Stage::Stopping { deadline, .. } => {
                 self.stage = Stage::Stopping { cause: Cause::Wanted, deadline };
@@ -279,6 +345,22 @@ impl Sandbox {
         }
     }
 
+    fn want_paused(&mut self, new_epoch: bool, refusal: Option<String>, cx: &mut Context<'_>) {
+        match self.stage {
+            // Only what is up can be paused.
+            Stage::Resting if self.record.rest.is_some() => self.persist(cx),
+            Stage::Running if !new_epoch => {
+                self.pause(cx);
+                self.persist(cx);
+            }
+            // It is paused already, or will be when what is under way has ended.
+            Stage::Pausing { .. } | Stage::Paused | Stage::Resuming { .. } if !new_epoch => {
+                self.persist(cx);
+            }
+            _ => self.want_running(new_epoch, refusal, cx),
+        }
+    }
+
     fn want_stopped(&mut self, cx: &mut Context<'_>) {
         match self.stage {
             Stage::Placed { .. } | Stage::Waiting { .. } => {
@@ -292,6 +374,11 @@ impl Sandbox {
                 self.stop(cx);
                 self.persist(cx);
             }
+            // Its workload ends in order, so it goes on first.
+            Stage::Paused => {
+                self.resume(cx);
+                self.persist(cx);
+            }
             Stage::Resting => {
                 let reason = match self.record.rest.take() {
                     Some(Rest::Failed { reason } | Rest::Stopped { reason }) => reason,
@@ -300,7 +387,10 @@ impl Sandbox {
                 self.rest(Rest::Stopped { reason }, cx);
             }
             // An adopted VM is stopped once its guest can be told.
-            Stage::Adopting { .. } | Stage::Stopping { .. } => self.persist(cx),
+            Stage::Adopting { .. }
+            | Stage::Pausing { .. }
+            | Stage::Resuming { .. }
+            | Stage::Stopping { .. } => self.persist(cx),
             Stage::Gone => self.lost_its_disk(cx),
             Stage::Destroying { .. } => {}
         }
@@ -317,6 +407,9 @@ impl Sandbox {
             | Stage::Booting { .. }
             | Stage::Probing { .. }
             | Stage::Running
+            | Stage::Pausing { .. }
+            | Stage::Paused
+            | Stage::Resuming { .. }
             | Stage::Stopping { .. }
             | Stage::Resting => {
                 self.note.clear();
@@ -352,6 +445,13 @@ impl Sandbox {
         self.stage = Stage::Adopting { deadline: cx.now + ADOPT_MAX };
         let assignment = Box::new(self.record.assignment.clone());
         cx.effects.push(Effect::AdoptVm { run: self.run, assignment });
+    }
+
+    /// Ends a copy that an earlier node agent had started and that may not know yet that it is one.
+    pub(crate) fn end_unfinished_copy(&mut self, cx: &mut Context<'_>) {
+        self.adopt(cx);
+        let reason = "the node agent was restarted while the copy was made".to_owned();
+        self.kill(Cause::Failing(Failure { reason, transient: true }), cx);
     }
 
     fn prepare(&mut self, cx: &mut Context<'_>) {
@@ -424,7 +524,7 @@ impl Sandbox {
         if adopted && self.record.assignment.desired == Desired::Stopped {
             self.stop(cx);
         } else if adopted && self.record.came_up {
-            self.open(cx);
+            self.as_wanted(cx);
         } else {
             self.stage = Stage::Probing { deadline: cx.now + PROBE_MAX };
             cx.effects.push(Effect::Probe { sandbox: self.id(), run: self.run });
@@ -435,7 +535,16 @@ impl Sandbox {
         if matches!(self.stage, Stage::Probing { .. }) {
             self.record.came_up = true;
             self.persist(cx);
-            self.open(cx);
+            self.as_wanted(cx);
+        }
+    }
+
+    /// It is up: it runs, or is paused or stopped at once.
+    fn as_wanted(&mut self, cx: &mut Context<'_>) {
+        match self.record.assignment.desired {
+            Desired::Stopped => self.stop(cx),
+            Desired::Paused => self.pause(cx),
+            Desired::Running | Desired::Deleted | Desired::Unspecified => self.open(cx),
         }
     }
 
@@ -450,6 +559,55 @@ impl Sandbox {
         self.stage = Stage::Running;
         let gate = Gate::Open { epoch: self.record.assignment.epoch };
         cx.effects.push(Effect::Gate { sandbox: self.id(), gate });
+    }
+
+    // ---- pausing ----
+
+    fn pause(&mut self, cx: &mut Context<'_>) {
+        self.note.clear();
+        self.stage = Stage::Pausing { deadline: cx.now + PAUSE_MAX };
+        let (sandbox, run) = (self.id(), self.run);
+        let reason = "it is paused; `tow resume` lets it go on".to_owned();
+        cx.effects.push(Effect::Gate { sandbox, gate: Gate::Closing { reason } });
+        cx.effects.push(Effect::PauseVm { sandbox, run });
+    }
+
+    fn resume(&mut self, cx: &mut Context<'_>) {
+        self.stage = Stage::Resuming { deadline: cx.now + RESUME_MAX };
+        let assignment = Box::new(self.record.assignment.clone());
+        cx.effects.push(Effect::ResumeVm { run: self.run, assignment });
+    }
+
+    pub(crate) fn vm_paused(&mut self, cx: &mut Context<'_>) {
+        if !matches!(self.stage, Stage::Pausing { .. } | Stage::Adopting { .. }) {
+            return;
+        }
+        self.stage = Stage::Paused;
+        let reason = "it is paused; `tow resume` lets it go on".to_owned();
+        cx.effects.push(Effect::Gate { sandbox: self.id(), gate: Gate::Closing { reason } });
+        if self.record.assignment.desired != Desired::Paused {
+            self.resume(cx);
+        }
+    }
+
+    pub(crate) fn pause_failed(&mut self, reason: &str, cx: &mut Context<'_>) {
+        if matches!(self.stage, Stage::Pausing { .. }) {
+            self.note = format!("it could not be paused: {reason}");
+            match self.record.assignment.desired {
+                Desired::Stopped => self.stop(cx),
+                _ => self.open(cx),
+            }
+        }
+    }
+
+    pub(crate) fn vm_resumed(&mut self, cx: &mut Context<'_>) {
+        if matches!(self.stage, Stage::Resuming { .. }) {
+            match self.record.assignment.desired {
+                // It took too long to be paused, and the control plane is told so.
+                Desired::Paused if !self.note.is_empty() => self.open(cx),
+                _ => self.as_wanted(cx),
+            }
+        }
     }
 
     // ---- ending ----
@@ -471,7 +629,7 @@ impl Sandbox {
     /// The guest of a VM that lives is out of reach for good.
     pub(crate) fn guest_lost(&mut self, reason: String, cx: &mut Context<'_>) {
         match self.stage {
-            Stage::Running => {
+            Stage::Running | Stage::Pausing { .. } | Stage::Paused | Stage::Resuming { .. } => {
                 self.gate_shut(&reason, cx);
                 self.kill(Cause::Broken { reason }, cx);
             }
@@ -492,6 +650,9 @@ impl Sandbox {
             Stage::Adopting { .. }
             | Stage::Probing { .. }
             | Stage::Running
+            | Stage::Pausing { .. }
+            | Stage::Paused
+            | Stage::Resuming { .. }
             | Stage::Stopping { .. } => self.ended(failure.reason, cx),
             _ => {}
         }
@@ -501,7 +662,7 @@ impl Sandbox {
     pub(crate) fn ended(&mut self, reason: String, cx: &mut Context<'_>) {
         match std::mem::replace(&mut self.stage, Stage::Resting) {
             Stage::Stopping { cause, .. } => self.after_stopping(cause, cx),
-            Stage::Running => {
+            Stage::Running | Stage::Pausing { .. } | Stage::Paused | Stage::Resuming { .. } => {
                 self.gate_shut(&reason, cx);
                 self.rest(Rest::Stopped { reason }, cx);
             }
@@ -608,7 +769,16 @@ impl Sandbox {
         status: towline_proto::v1::ExitStatus,
         cx: &mut Context<'_>,
     ) {
-        if matches!(self.stage, Stage::Probing { .. } | Stage::Running | Stage::Stopping { .. }) {
+        let up = matches!(
+            self.stage,
+            Stage::Probing { .. }
+                | Stage::Running
+                | Stage::Pausing { .. }
+                | Stage::Paused
+                | Stage::Resuming { .. }
+                | Stage::Stopping { .. }
+        );
+        if up {
             self.record.main_exit = Some(status);
             self.persist(cx);
         }
@@ -647,6 +817,15 @@ impl Sandbox {
                 let reason = took_too_long("reaching the guest after a restart", ADOPT_MAX);
                 self.guest_lost(reason, cx);
             }
+            Stage::Pausing { .. } => {
+                // Whether it is halted by now or not, it goes on.
+                self.note = took_too_long("pausing the VM", PAUSE_MAX);
+                self.resume(cx);
+            }
+            Stage::Resuming { .. } => {
+                let reason = took_too_long("resuming the VM", RESUME_MAX);
+                self.guest_lost(reason, cx);
+            }
             Stage::Stopping { cause, .. } => {
                 self.note = "its VM has not ended yet and is killed".into();
                 self.kill(cause, cx);
@@ -656,7 +835,11 @@ impl Sandbox {
                 self.stage = Stage::Destroying { again: cx.now + DESTROY_MAX, tries: tries + 1 };
                 cx.effects.push(Effect::Destroy { sandbox: self.id() });
             }
-            Stage::Placed { .. } | Stage::Running | Stage::Resting | Stage::Gone => {}
+            Stage::Placed { .. }
+            | Stage::Running
+            | Stage::Paused
+            | Stage::Resting
+            | Stage::Gone => {}
         }
     }
 

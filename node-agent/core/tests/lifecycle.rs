@@ -2,8 +2,10 @@
 
 mod common;
 
-use common::{World, assignment, id};
-use towline_node_core::{Effect, Failure, Gate, Input};
+use std::collections::BTreeSet;
+
+use common::{World, assignment, copy, id};
+use towline_node_core::{Assignment, Effect, Failure, Gate, Input};
 use towline_proto::v1::{Desired, Phase, exit_status};
 
 fn running() -> World {
@@ -348,4 +350,172 @@ fn the_end_of_the_main_command_is_kept_over_a_restart() {
     world.want(assignment(1, 1, 1, Desired::Running));
     world.settle();
     assert_eq!(world.committed[&id(1)].main_exit, Some(status));
+}
+
+/// Takes the first waiting effect that this likes, and answers it well.
+fn answer(world: &mut World, likes: impl Fn(&Effect) -> bool) {
+    let index = world.find(likes);
+    world.answer(index, true);
+}
+
+#[test]
+fn a_pause_keeps_streams_lets_no_new_ones_in_and_a_resume_goes_on() {
+    let mut world = running();
+    let run = world.core.run(id(1));
+    world.want(assignment(1, 1, 2, Desired::Paused));
+    assert!(matches!(&world.gates[&id(1)], Gate::Closing { reason } if reason.contains("paused")));
+    // Nothing is said before it is so.
+    assert_eq!(world.core.observed(id(1)), None);
+    world.settle();
+    assert_eq!((world.phase(1), world.halted.contains(&id(1))), (Some(Phase::Paused), true));
+    world.want(assignment(1, 1, 3, Desired::Running));
+    assert!(matches!(world.gates[&id(1)], Gate::Closing { .. }), "not while it is halted");
+    world.settle();
+    assert_eq!((world.phase(1), world.halted.contains(&id(1))), (Some(Phase::Running), false));
+    assert_eq!(world.gates[&id(1)], Gate::Open { epoch: 1 });
+    assert_eq!(world.core.run(id(1)), run, "it is still the first start");
+}
+
+#[test]
+fn what_is_wanted_while_it_is_being_paused_is_done_after_it() {
+    for (desired, phase) in [(Desired::Running, Phase::Running), (Desired::Stopped, Phase::Stopped)]
+    {
+        let mut world = running();
+        world.want(assignment(1, 1, 2, Desired::Paused));
+        world.want(assignment(1, 1, 3, desired));
+        world.settle();
+        assert_eq!(world.phase(1), Some(phase));
+        assert!(world.halted.is_empty());
+    }
+    // A pause that comes before it is up.
+    let mut world = World::new();
+    world.connect();
+    world.want(assignment(1, 1, 1, Desired::Running));
+    world.want(assignment(1, 1, 2, Desired::Paused));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Paused));
+}
+
+#[test]
+fn a_paused_sandbox_is_stopped_by_letting_it_end_in_order() {
+    let mut world = running();
+    world.want(assignment(1, 1, 2, Desired::Paused));
+    world.settle();
+    world.want(assignment(1, 1, 3, Desired::Stopped));
+    answer(&mut world, |effect| matches!(effect, Effect::ResumeVm { .. }));
+    world.find(|effect| matches!(effect, Effect::StopVm { .. }));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Stopped));
+}
+
+#[test]
+fn a_pause_that_fails_or_takes_too_long_leaves_it_running_and_says_why() {
+    let mut world = running();
+    world.want(assignment(1, 1, 2, Desired::Paused));
+    let pause = world.find(|effect| matches!(effect, Effect::PauseVm { .. }));
+    world.answer(pause, false);
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Running));
+    assert!(world.reason(1).contains("could not be paused: busy"), "{}", world.reason(1));
+    assert_eq!(world.gates[&id(1)], Gate::Open { epoch: 1 });
+
+    world.want(assignment(1, 1, 3, Desired::Running));
+    world.want(assignment(1, 1, 4, Desired::Paused));
+    world.waiting.retain(|effect| !matches!(effect, Effect::PauseVm { .. }));
+    world.settle_with_time();
+    assert_eq!(world.phase(1), Some(Phase::Running));
+    assert!(world.reason(1).contains("took longer than 60 s"), "{}", world.reason(1));
+}
+
+#[test]
+fn a_paused_sandbox_is_found_paused_after_a_restart_and_its_end_is_seen() {
+    let mut world = running();
+    world.want(assignment(1, 1, 2, Desired::Paused));
+    world.settle();
+    world.restart();
+    world.connect();
+    world.settle();
+    assert_eq!((world.phase(1), world.halted.contains(&id(1))), (Some(Phase::Paused), true));
+    let run = world.core.run(id(1)).unwrap();
+    world.alive.clear();
+    world.input(Input::VmExited { sandbox: id(1), run, reason: "killed".into() });
+    world.settle();
+    assert_eq!((world.phase(1), world.reason(1)), (Some(Phase::Stopped), "killed"));
+}
+
+#[test]
+fn what_was_saved_for_copies_is_kept_until_the_last_one_is_up() {
+    let mut world = World::new();
+    world.connect();
+    world.bookmark();
+    assert_eq!(world.forks, Some(BTreeSet::new()), "what an earlier one left goes");
+    world.want(copy(1, 1, 1, Desired::Running));
+    world.want(Assignment {
+        fork: copy(1, 1, 1, Desired::Running).fork,
+        ..assignment(2, 1, 1, Desired::Running)
+    });
+    let fork = copy(1, 1, 1, Desired::Running).fork.unwrap().id;
+    assert_eq!(world.forks, Some(BTreeSet::from([fork])));
+    // The second one does not come up at first.
+    while let Some(index) = world.waiting.iter().position(|effect| {
+        !matches!(effect, Effect::StartVm { assignment, .. } if assignment.sandbox == id(2))
+    }) {
+        world.answer(index, true);
+    }
+    assert_eq!((world.phase(1), world.forks.clone()), (Some(Phase::Running), Some([fork].into())));
+    world.answer(0, false);
+    assert_eq!(world.forks, Some([fork].into()), "it is tried again");
+    world.settle_with_time();
+    assert_eq!((world.phase(2), world.forks.clone()), (Some(Phase::Running), Some([].into())));
+    // A later start is a usual one.
+    world.want(assignment(1, 1, 2, Desired::Stopped));
+    world.settle();
+    world.want(copy(1, 1, 3, Desired::Running));
+    let Effect::Persist { record, .. } =
+        &world.waiting[world.find(|effect| matches!(effect, Effect::Persist { .. }))]
+    else {
+        unreachable!()
+    };
+    assert_eq!(record.assignment.copies(), None);
+}
+
+#[test]
+fn a_copy_that_may_not_know_that_it_is_one_is_ended_and_made_again() {
+    let mut world = World::new();
+    world.connect();
+    world.want(copy(1, 1, 1, Desired::Running));
+    answer(&mut world, |effect| matches!(effect, Effect::Persist { .. }));
+    answer(&mut world, |effect| matches!(effect, Effect::Prepare { .. }));
+    // Its VM lives, and the node agent dies before it has heard so.
+    world.alive.insert(id(1));
+    world.restart();
+    world.find(|effect| matches!(effect, Effect::KillVm { .. }));
+    assert!(!world.gates.contains_key(&id(1)), "nobody is let in");
+    world.connect();
+    world.settle_with_time();
+    assert_eq!(world.phase(1), Some(Phase::Running));
+    let again = world.core.run(id(1)).unwrap();
+    assert!(again > 1);
+}
+
+#[test]
+fn a_copy_that_failed_for_good_is_not_made_of_another_moment() {
+    let mut world = World::new();
+    world.connect();
+    world.bookmark();
+    world.want(copy(1, 1, 1, Desired::Running));
+    answer(&mut world, |effect| matches!(effect, Effect::Persist { .. }));
+    let Effect::Prepare { run, .. } =
+        world.waiting.remove(world.find(|effect| matches!(effect, Effect::Prepare { .. })))
+    else {
+        unreachable!()
+    };
+    let failure = Failure { reason: "its source is gone".into(), transient: false };
+    world.input(Input::PrepareFailed { sandbox: id(1), run, failure });
+    world.settle();
+    assert_eq!((world.phase(1), world.forks.clone()), (Some(Phase::Failed), Some([].into())));
+    world.want(copy(1, 1, 2, Desired::Running));
+    world.settle();
+    assert_eq!(world.phase(1), Some(Phase::Failed));
+    assert!(world.reason(1).contains("fork again"), "{}", world.reason(1));
 }

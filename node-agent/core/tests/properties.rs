@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{World, assignment, id};
+use common::{World, assignment, copy, id};
 use proptest::prelude::*;
 use towline_node_core::{Gate, Input};
 use towline_proto::v1::{Desired, Phase};
@@ -23,6 +23,7 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     let desired = prop_oneof![
         4 => Just(Desired::Running),
         2 => Just(Desired::Stopped),
+        2 => Just(Desired::Paused),
         1 => Just(Desired::Deleted),
     ];
     let act = prop_oneof![
@@ -43,13 +44,16 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
 fn act(world: &mut World, act: Act) {
     match act {
         Act::Want { n, epoch, generation, desired } => {
-            world.want(assignment(n, epoch, generation, desired));
+            // The third is a copy.
+            let of = if n == 3 { copy } else { assignment };
+            world.want(of(n, epoch, generation, desired));
         }
         Act::Answer { index, well } if !world.waiting.is_empty() => {
             world.answer(index % world.waiting.len(), well);
         }
         Act::Answer { .. } => {}
         Act::Die(n) => {
+            world.halted.remove(&id(n));
             if world.alive.remove(&id(n))
                 && let Some(run) = world.core.run(id(n))
             {
@@ -79,7 +83,8 @@ proptest! {
         world.committed.clear();
         world.connect();
         for &n in &last {
-            world.want(assignment(n, 9, 9, Desired::Running));
+            let of = if n == 3 { copy } else { assignment };
+            world.want(of(n, 9, 9, if n == 2 { Desired::Paused } else { Desired::Running }));
         }
         world.bookmark();
         world.settle_with_time();
@@ -90,14 +95,19 @@ proptest! {
             prop_assert_eq!(world.phase(n), world.core.observed(id(n)).map(|fact| fact.phase()));
             let phase = world.phase(n).unwrap();
             // One that was being removed when it was wanted again has lost its disk, and says so.
-            prop_assert!(
-                phase == Phase::Running || phase == Phase::Failed && world.reason(n).contains("removed"),
-                "{phase:?} {}", world.reason(n)
-            );
-            prop_assert_eq!(world.alive.contains(&id(n)), phase == Phase::Running);
+            let wanted = if n == 2 { Phase::Paused } else { Phase::Running };
+            let lost = phase == Phase::Failed && world.reason(n).contains("removed")
+                || n == 3 && phase == Phase::Failed && world.reason(n).contains("fork again")
+                // What has ended cannot be paused.
+                || n == 2 && matches!(phase, Phase::Stopped | Phase::Failed);
+            prop_assert!(phase == wanted || lost, "{phase:?} {}", world.reason(n));
+            prop_assert_eq!(world.alive.contains(&id(n)), phase == wanted);
+            prop_assert_eq!(world.halted.contains(&id(n)), phase == Phase::Paused);
             let open = world.gates.get(&id(n)) == Some(&Gate::Open { epoch: 9 });
             prop_assert_eq!(open, phase == Phase::Running);
         }
+        // Nothing is kept that no copy waits for.
+        prop_assert_eq!(world.forks.as_ref().map(|forks| forks.len()), Some(0));
         prop_assert!(world.disk.keys().all(|id| wanted.contains(id)));
     }
 }

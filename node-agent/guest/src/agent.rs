@@ -7,6 +7,7 @@
 use std::fs;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -14,8 +15,9 @@ use tokio::task::JoinSet;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::limits::GUEST_PROTOCOL;
 use towline_proto::v1::{
-    GuestCommand, GuestConfigure, GuestConfigured, GuestHello, Shutdown, StreamErrorCode,
-    StreamOpen, guest_command::Command, stream_open::Kind,
+    Became, Become, Freeze, Frozen, GuestCommand, GuestConfigure, GuestConfigured, GuestHello,
+    Shutdown, StreamErrorCode, StreamOpen, guest_command::Command, guest_event::Event,
+    stream_open::Kind,
 };
 use towline_streams::{
     FrameReader, FrameWriter, GuestSession, GuestSessions, Marker, MuxHandle, MuxRecv, MuxSend,
@@ -24,6 +26,7 @@ use towline_streams::{
 
 use crate::boot::Kernel;
 use crate::configure::{configure, set_clock};
+use crate::fork;
 use crate::fuse;
 use crate::net::Network;
 use crate::refusal::Refusal;
@@ -44,6 +47,10 @@ struct Agent {
     stage: watch::Sender<Stage>,
     local_image: watch::Sender<Option<Arc<fuse::Requests>>>,
     set_marker: Box<dyn Fn(Marker) + Send + Sync>,
+    /// The workload is frozen.
+    frozen: AtomicBool,
+    /// Freezing, thawing and becoming are done one after another, in the order of their commands.
+    copying: tokio::sync::Mutex<()>,
 }
 
 /// Serves sessions until the link itself breaks.
@@ -53,6 +60,8 @@ pub async fn run(mut sessions: GuestSessions, kernel: Kernel, network: Network) 
         stage: watch::Sender::new(Stage::Unconfigured),
         local_image: watch::Sender::new(None),
         set_marker: Box::new(sessions.marker_setter()),
+        frozen: AtomicBool::new(false),
+        copying: tokio::sync::Mutex::default(),
     });
     // A new session ends the streams of the one before, and so its tasks; this only makes it sure.
     let mut current = JoinSet::new();
@@ -126,7 +135,7 @@ async fn serve_control(agent: &Arc<Agent>, handle: &MuxHandle) -> io::Result<()>
     let (mut reader, mut writer) = (FrameReader::new(receive), FrameWriter::new(send));
     let mut stage = agent.stage.subscribe();
     let mut services = ready(&stage.borrow_and_update());
-    let hello = Kind::Control(hello(services.is_some()));
+    let hello = Kind::Control(hello(services.is_some(), agent.frozen.load(Relaxed)));
     let open = StreamOpen { kind: Some(hello), ..StreamOpen::default() };
     writer.send_message(FrameKind::Open, &open).await?;
     if let Some(services) = &services {
@@ -142,7 +151,7 @@ async fn serve_control(agent: &Arc<Agent>, handle: &MuxHandle) -> io::Result<()>
                     asked = true;
                     stage.mark_changed();
                 } else if frame.is(FrameKind::Command) {
-                    take_command(decode(&frame)?, services.as_ref(), agent.kernel);
+                    take_command(agent, decode(&frame)?, services.as_ref());
                 } else {
                     let kind = frame.kind;
                     return Err(invalid(format!("a frame of kind {kind} came on the control stream")));
@@ -228,7 +237,8 @@ fn open_local_image(agent: &Agent, message: &GuestConfigure) -> io::Result<Optio
     Ok(Some(device))
 }
 
-fn take_command(message: GuestCommand, services: Option<&Arc<Services>>, kernel: Kernel) {
+fn take_command(agent: &Arc<Agent>, message: GuestCommand, services: Option<&Arc<Services>>) {
+    let kernel = agent.kernel;
     match message.command {
         Some(Command::Shutdown(Shutdown { grace_ms })) => {
             let services = services.cloned();
@@ -244,12 +254,54 @@ fn take_command(message: GuestCommand, services: Option<&Arc<Services>>, kernel:
                 log(&refusal.message);
             }
         }
+        Some(command @ (Command::Freeze(_) | Command::Thaw(_) | Command::Become(_))) => {
+            if let Some(services) = services {
+                tokio::spawn(copying(Arc::clone(agent), Arc::clone(services), command));
+            }
+        }
         // A later node's command: nothing that this agent could do.
         None => {}
     }
 }
 
-fn hello(configured: bool) -> GuestHello {
+/// Does what leads to a copy, or makes this guest one.
+async fn copying(agent: Arc<Agent>, services: Arc<Services>, command: Command) {
+    let _one = agent.copying.lock().await;
+    let event = match command {
+        Command::Freeze(Freeze { fork_id }) => {
+            let frozen = fork::freeze(&services, agent.kernel).await;
+            agent.frozen.store(frozen.is_ok(), Relaxed);
+            let error = frozen.err().map(|refusal| refusal.to_message());
+            Event::Frozen(Frozen { fork_id, error })
+        }
+        Command::Become(order) => {
+            let became = become_copy(&agent, &services, &order).await;
+            let error = became.err().map(|refusal| refusal.to_message());
+            Event::Became(Became { fork_id: order.fork_id, error })
+        }
+        _ => {
+            fork::thaw(&services);
+            return agent.frozen.store(false, Relaxed);
+        }
+    };
+    services.execs.push_event(event);
+}
+
+async fn become_copy(agent: &Agent, services: &Services, order: &Become) -> Result<(), Refusal> {
+    if !agent.frozen.load(Relaxed) {
+        return Err(Refusal::invalid("the workload runs: it would share what it knows"));
+    }
+    let marker: [u8; 32] = order.resync_marker[..]
+        .try_into()
+        .map_err(|_| Refusal::invalid("the node gave no secret for the copy"))?;
+    fork::become_copy(services, order).await?;
+    (agent.set_marker)(Marker::new(marker));
+    fork::thaw(services);
+    agent.frozen.store(false, Relaxed);
+    Ok(())
+}
+
+fn hello(configured: bool, frozen: bool) -> GuestHello {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
     GuestHello {
         protocol: GUEST_PROTOCOL,
@@ -258,6 +310,7 @@ fn hello(configured: bool) -> GuestHello {
         // Drawn when it is first read: not before this sandbox's entropy is in.
         boot_id: if configured { read("/proc/sys/kernel/random/boot_id") } else { String::new() },
         configured,
+        frozen,
     }
 }
 

@@ -21,7 +21,7 @@ use crate::workload::{Cgroups, Limits, Workload};
 /// Memory that stays for the kernel and the agent, at least.
 const RESERVED_MEMORY: u64 = 64 << 20;
 /// Least entropy: what seeds the kernel's generator.
-const ENTROPY_MIN: usize = 32;
+pub(crate) const ENTROPY_MIN: usize = 32;
 /// Processes of a workload when the node names no bound.
 const PROCESSES_DEFAULT: u32 = 4096;
 
@@ -59,6 +59,9 @@ pub async fn configure(
         .await
         .map_err(|error| Refusal::io("cannot make the root file system", &error))?;
     let files = RootFiles::beneath(mounted.descriptor);
+    blocking(|| root::announce_fork(Path::new(root::ROOT), ""))
+        .await
+        .map_err(|error| Refusal::io("cannot make /run/towline", &error))?;
     let settings = Settings::new(configure, files);
     let user = user(&settings).await?;
     let owner = user.clone();
@@ -116,7 +119,7 @@ pub fn set_clock(unix_ns: u64) -> Result<(), Refusal> {
         .map_err(|error| Refusal::io("cannot set the clock", &error.into()))
 }
 
-fn checked_hostname(name: &str) -> Result<String, Refusal> {
+pub(crate) fn checked_hostname(name: &str) -> Result<String, Refusal> {
     let name = if name.is_empty() { "sandbox" } else { name };
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'.';
     if name.len() > 64 || !name.bytes().all(allowed) {

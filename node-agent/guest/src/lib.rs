@@ -12,6 +12,7 @@ pub mod credentials;
 mod disks;
 pub mod exec;
 pub mod files;
+mod fork;
 pub mod forward;
 pub mod fuse;
 pub mod gitconfig;

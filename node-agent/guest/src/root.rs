@@ -5,7 +5,7 @@
 //! All of it may block on a lower FUSE file system, so it runs off the agent's main thread.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -25,6 +25,8 @@ pub const ROOT: &str = "/run/towline/root";
 /// The sandbox's own disk.
 pub const UPPER: &str = "/run/towline/upper";
 /// Spools of detached execs: on the disk, outside the workload's view.
+/// Where Towline speaks to what runs in the sandbox.
+const RUN_TOWLINE: &[u8] = b"/run/towline";
 pub const SPOOL: &str = "/run/towline/upper/spool";
 /// The project folder, on the same disk beside the overlay.
 pub const FOLDER: &str = "/run/towline/upper/folder";
@@ -227,22 +229,11 @@ fn make_devices(root: &OwnedFd, kernel: Kernel) -> io::Result<()> {
 
 /// The files under /etc that belong to the machine, not to the image: mounted over the image's.
 fn write_names(root: &OwnedFd, spec: &RootSpec) -> io::Result<()> {
-    let name = &spec.hostname;
-    let hosts = format!(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"
-    );
     // Containers in the sandbox reach it too: it is no loopback address.
     let resolver = crate::net::RESOLVER_V4;
     let resolv = format!("nameserver {resolver}\noptions edns0\n");
-    let mut files = vec![
-        ("hostname", format!("{name}\n").into_bytes()),
-        ("hosts", hosts.into()),
-        ("resolv.conf", resolv.into()),
-    ];
-    if spec.machine_id.len() == 16 {
-        let id: String = spec.machine_id.iter().map(|byte| format!("{byte:02x}")).collect();
-        files.push(("machine-id", format!("{id}\n").into_bytes()));
-    }
+    let mut files = own_names(&spec.hostname, &spec.machine_id);
+    files.push(("resolv.conf", resolv.into()));
     if let Some(git) = &spec.git {
         let image = RootFiles::beneath(root.try_clone()?).read("etc/gitconfig")?;
         files.push(("gitconfig", gitconfig::with_identity(git, &image)));
@@ -256,6 +247,41 @@ fn write_names(root: &OwnedFd, spec: &RootSpec) -> io::Result<()> {
         bind(&source, &target)?;
     }
     Ok(())
+}
+
+/// Those of them that name this very sandbox.
+fn own_names(hostname: &str, machine_id: &[u8]) -> Vec<(&'static str, Vec<u8>)> {
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
+    );
+    let mut files =
+        vec![("hostname", format!("{hostname}\n").into_bytes()), ("hosts", hosts.into())];
+    if machine_id.len() == 16 {
+        let id: String = machine_id.iter().map(|byte| format!("{byte:02x}")).collect();
+        files.push(("machine-id", format!("{id}\n").into_bytes()));
+    }
+    files
+}
+
+/// Gives a copy names of its own, in the files that are mounted already.
+pub fn write_own_names(hostname: &str, machine_id: &[u8]) -> io::Result<()> {
+    own_names(hostname, machine_id).into_iter().try_for_each(|(name, content)| {
+        fs::write(Path::new(UPPER).join("names").join(name), content)
+    })
+}
+
+/// Tells what runs beneath this root that it is a copy, or (with nothing) that it is none: the file
+/// that is watched for it is another one afterwards.
+pub fn announce_fork(root: &Path, text: &str) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(root, flags, Mode::empty())?;
+    make_folders(&root, RUN_TOWLINE, None)?;
+    let folder = open_beneath(&root, RUN_TOWLINE, OFlags::PATH | OFlags::DIRECTORY)?;
+    let make = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let _ = rustix::fs::unlinkat(&folder, ".fork", AtFlags::empty());
+    let file = rustix::fs::openat(&folder, ".fork", make, Mode::from_raw_mode(0o444))?;
+    fs::File::from(file).write_all(text.as_bytes())?;
+    rustix::fs::renameat(&folder, ".fork", &folder, "fork").map_err(io::Error::from)
 }
 
 /// A regular file to mount over; what cannot be mounted over (a link, mostly) is replaced.

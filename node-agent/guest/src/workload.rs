@@ -8,7 +8,7 @@ mod cgroup;
 mod init;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -141,6 +141,39 @@ impl Workload {
             | rustix::pty::OpenptFlags::CLOEXEC;
         let slave = rustix::pty::ioctl_tiocgptpeer(&master, open)?;
         Ok((master, slave))
+    }
+
+    /// Halts every process of the workload, so that a copy can be made of it.
+    pub(crate) async fn freeze(&self) -> io::Result<()> {
+        match &self.kind {
+            Kind::Host { .. } => Err(io::Error::other("there are no limits here")),
+            Kind::Sandbox(sandbox) => sandbox.cgroups.freeze().await,
+        }
+    }
+
+    /// Lets them go on.
+    pub(crate) fn thaw(&self) -> io::Result<()> {
+        match &self.kind {
+            Kind::Host { .. } => Ok(()),
+            Kind::Sandbox(sandbox) => sandbox.cgroups.thaw(),
+        }
+    }
+
+    /// Gives the machine, and the workload's view of it, another name.
+    pub(crate) async fn set_hostname(&self, name: &str) -> io::Result<()> {
+        rustix::system::sethostname(name.as_bytes())?;
+        let Kind::Sandbox(sandbox) = &self.kind else { return Ok(()) };
+        let init = sandbox.init.lock().await.as_ref().map(|(init, _)| init.pidfd());
+        let Some(init) = init else { return Ok(()) };
+        let name = name.to_owned();
+        // Of its own: a thread that has entered stays there.
+        let renamed = std::thread::spawn(move || {
+            let kinds = rustix::thread::ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME;
+            rustix::thread::move_into_thread_name_spaces(init.as_fd(), kinds)?;
+            rustix::system::sethostname(name.as_bytes())
+        });
+        renamed.join().map_err(|_| io::Error::other("the renaming thread died"))??;
+        Ok(())
     }
 
     /// Ends every process of the workload: TERM, then KILL after the grace.

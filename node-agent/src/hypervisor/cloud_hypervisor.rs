@@ -45,6 +45,8 @@ const CREATE_MAX: Duration = Duration::from_secs(30);
 const PLUG_MAX: Duration = Duration::from_secs(20);
 /// Restoring one reads all of its memory, where it cannot come as it is used.
 const RESTORE_MAX: Duration = Duration::from_secs(60);
+/// What `vm.info` calls a VM that is halted.
+const PAUSED: &str = "Paused";
 const USERFAULTFD: &str = "/dev/userfaultfd";
 /// Booting it loads kernel and initramfs, and asks KVM for all that it has.
 const BOOT_MAX: Duration = Duration::from_secs(60);
@@ -81,6 +83,27 @@ enum Start<'a> {
     ToBeSaved,
     /// With what was saved in this folder.
     Restore(&'a Path),
+    /// With a running guest that was saved in this folder.
+    Copy(&'a Path),
+}
+
+/// Halts the VM in this directory, unless it is halted.
+pub(super) async fn pause(dir: &Path) -> io::Result<()> {
+    let api = Api(dir);
+    if api.info().await.map_err(io::Error::other)?.state == PAUSED {
+        return Ok(());
+    }
+    api.order::<()>("vm.pause", None, snapshot::PAUSE_MAX).await.map_err(io::Error::other)
+}
+
+/// Lets the VM in this directory go on; returns whether it was halted.
+pub(super) async fn resume(dir: &Path) -> io::Result<bool> {
+    let api = Api(dir);
+    let was_halted = api.info().await.map_err(io::Error::other)?.state == PAUSED;
+    if was_halted {
+        api.order::<()>("vm.resume", None, PLUG_MAX).await.map_err(io::Error::other)?;
+    }
+    Ok(was_halted)
 }
 
 /// The program that the environment names, or that is on the PATH.
@@ -178,9 +201,8 @@ impl CloudHypervisor {
             None
         };
         let mut limits = Limits::of(spec, OVERHEAD_MIB);
-        if let Start::ToBeSaved = start {
-            limits.file_bytes = limits.file_bytes.max(spec.memory_mib << 20);
-        }
+        // Any may be saved.
+        limits.file_bytes = limits.file_bytes.max(spec.memory_mib << 20);
         confine::apply(&mut command, rules, limits);
         if let Start::ToBeSaved = start {
             confine::in_background(&mut command);
@@ -209,7 +231,7 @@ impl CloudHypervisor {
             Start::Boot => {}
             // The folder beside its own, where the snapshot goes.
             Start::ToBeSaved => allowed.own.extend(spec.dir.parent().map(PathBuf::from)),
-            Start::Restore(saved) => {
+            Start::Restore(saved) | Start::Copy(saved) => {
                 allowed.read.push(saved.to_owned());
                 allowed.write.push(USERFAULTFD.into());
             }
@@ -244,16 +266,27 @@ impl CloudHypervisor {
         let api = Api(&spec.dir);
         let said = api.ping().await?;
         tracing::debug!(version = said.version, build = said.build_version, "vmm answers");
-        let Start::Restore(saved) = start else {
-            let config = config::of(self, spec)?;
-            api.order("vm.create", Some(&config), CREATE_MAX).await?;
-            return api.order::<()>("vm.boot", None, BOOT_MAX).await;
-        };
-        let source = snapshot::Source::new(saved)?;
-        api.order("vm.restore", Some(&source), RESTORE_MAX).await?;
-        // All are there when the guest runs again: it is told of them at once.
-        for disk in config::disks(self, spec)? {
-            api.order("vm.add-disk", Some(&disk), PLUG_MAX).await?;
+        match start {
+            Start::Boot | Start::ToBeSaved => {
+                let config = config::of(self, spec)?;
+                api.order("vm.create", Some(&config), CREATE_MAX).await?;
+                return api.order::<()>("vm.boot", None, BOOT_MAX).await;
+            }
+            Start::Restore(saved) => {
+                let source = snapshot::Source::new(saved)?;
+                api.order("vm.restore", Some(&source), RESTORE_MAX).await?;
+                // All are there when the guest runs again: it is told of them at once.
+                for disk in config::disks(self, spec)? {
+                    api.order("vm.add-disk", Some(&disk), PLUG_MAX).await?;
+                }
+            }
+            Start::Copy(saved) => {
+                let disks = config::disks(self, spec)?;
+                let own = snapshot::of_copy(saved, &spec.dir, &disks)
+                    .map_err(HypervisorError::io("read what was saved in", saved))?;
+                let source = snapshot::Source::new(own.path())?;
+                api.order("vm.restore", Some(&source), RESTORE_MAX).await?;
+            }
         }
         api.order::<()>("vm.resume", None, PLUG_MAX).await
     }
@@ -294,6 +327,28 @@ impl Hypervisor for CloudHypervisor {
         if let Some(templates) = &self.templates {
             templates.drop(shape);
         }
+    }
+
+    fn save<'a>(&'a self, vm: &'a Vm, to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            // Only there may it write.
+            let own = tempfile::Builder::new().prefix(".new-").tempdir_in(vm.dir())?;
+            let saved = own.path().join("saved");
+            snapshot::write(vm, &saved).await?;
+            fs::rename(saved, to)
+        })
+    }
+
+    fn fits(&self) -> Option<&str> {
+        self.templates.as_ref().map(Templates::key)
+    }
+
+    fn start_copy<'a>(
+        &'a self,
+        spec: &'a VmSpec,
+        saved: &'a Path,
+    ) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(Self::start(self, spec, Start::Copy(saved)))
     }
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {

@@ -183,9 +183,13 @@ impl Qemu {
             None
         };
         let mut limits = Limits::of(&spec, u64::from(command::TRANSLATIONS_MIB) + OVERHEAD_MIB);
-        if matches!(start, Start::ToBeSaved) {
-            limits.file_bytes = migrate::SIZE_MAX;
-        }
+        limits.file_bytes = match start {
+            Start::ToBeSaved => migrate::SIZE_MAX,
+            // It may be saved, too, to make copies of it.
+            Start::Boot | Start::Restore(_) => {
+                limits.file_bytes.max((spec.memory_mib + migrate::DEVICES_MIB) << 20)
+            }
+        };
         confine::apply(&mut command, rules, limits);
         match start {
             Start::Boot => {}
@@ -270,6 +274,30 @@ impl Hypervisor for Qemu {
         }
     }
 
+    fn save<'a>(&'a self, vm: &'a Vm, to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move { save(vm, to).await.map(drop) })
+    }
+
+    fn fits(&self) -> Option<&str> {
+        self.templates.as_ref().map(Templates::key)
+    }
+
+    fn start_copy<'a>(
+        &'a self,
+        spec: &'a VmSpec,
+        saved: &'a Path,
+    ) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
+        Box::pin(async move {
+            let vm = Saves::restore(self, spec, saved).await?;
+            if let Err(error) = migrate::go_on(&vm).await {
+                let _ = vm.kill();
+                vm.wait_exit().await;
+                return Err(HypervisorError::io("restore the VM in", &spec.dir)(error));
+            }
+            Ok(vm)
+        })
+    }
+
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
         Ok(Vm::find(dir, &self.program, Vmm::Qemu))
     }
@@ -290,8 +318,7 @@ impl Saves for Qemu {
 
     fn save<'a>(&'a self, vm: &'a Vm, to: &'a Path) -> BoxFuture<'a, io::Result<()>> {
         Box::pin(async move {
-            let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
-            migrate::migrate(vm, &file).await?;
+            let file = save(vm, to).await?;
             tokio::task::spawn_blocking(move || file.sync_all()).await?
         })
     }
@@ -306,6 +333,12 @@ impl Saves for Qemu {
             self.spawn(spec, self.capabilities.accel, Start::Restore(saved.into()))
         })
     }
+}
+
+async fn save(vm: &Vm, to: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
+    migrate::migrate(vm, &file).await?;
+    Ok(file)
 }
 
 fn find_program() -> Result<PathBuf, HypervisorError> {

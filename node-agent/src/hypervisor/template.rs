@@ -107,6 +107,11 @@ impl Templates {
         Self { dir: cache_dir.join("templates"), key: fits.key(), drops: Mutex::default() }
     }
 
+    /// What they are templates of.
+    pub(super) fn key(&self) -> &str {
+        &self.key
+    }
+
     /// The template of a shape: its path, and what keeps it until it is read.
     pub(super) fn open(&self, shape: VmShape) -> Option<(PathBuf, File)> {
         let path = self.path(shape);

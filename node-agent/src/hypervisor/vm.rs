@@ -17,14 +17,17 @@ use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
 
+use super::cloud_hypervisor;
 use super::process::{self, Cgroup};
 use super::processes::{boot_id, executable, running_in, running_in_removed, start_time};
+use super::qmp::Qmp;
 use super::{HypervisorError, LINK_SOCKET};
 
 const IDENTITY_FILE: &str = "vm.json";
@@ -84,6 +87,8 @@ pub struct Vm {
     pidfd: AsyncFd<OwnedFd>,
     kind: Kind,
     status: Mutex<String>,
+    /// A connection to the guest link that nobody has taken yet.
+    ahead: Mutex<Option<UnixStream>>,
 }
 
 /// A program that runs VMs.
@@ -142,8 +147,21 @@ impl Vm {
         self.dir.join(LINK_SOCKET)
     }
 
+    /// Connects to the guest link of one that may be halted, before it goes on. A QEMU (7.2) that drops
+    /// a connection while it is halted does not tell its serial port, and what the guest writes before
+    /// there is another one holds the port up.
+    pub async fn open_link_ahead(&self) {
+        if matches!(self.kind, Kind::Vmm(Vmm::Qemu)) {
+            let opened = self.open_link().await.ok();
+            *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = opened;
+        }
+    }
+
     /// Connects to the guest link. Fails while nobody is there to answer.
     pub async fn open_link(&self) -> io::Result<UnixStream> {
+        if let Some(ahead) = self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Ok(ahead);
+        }
         let mut stream = connect(&self.dir, LINK_SOCKET).await?;
         if matches!(self.kind, Kind::Vmm(Vmm::CloudHypervisor)) {
             stream.write_all(format!("CONNECT {VSOCK_PORT}\n").as_bytes()).await?;
@@ -226,6 +244,40 @@ impl Vm {
         let mut answers = [0; 1024];
         while orders.read(&mut answers).await.is_ok_and(|len| len > 0) {}
         Ok(())
+    }
+
+    /// Halts it with all that it has in memory. One that is halted stays so.
+    pub async fn pause(&self) -> io::Result<()> {
+        match &self.kind {
+            Kind::Vmm(Vmm::Qemu) => {
+                let mut qmp = Qmp::connect(&self.dir).await?;
+                qmp.execute("stop", json!({})).await.map(drop)
+            }
+            Kind::Vmm(Vmm::CloudHypervisor) => cloud_hypervisor::pause(&self.dir).await,
+            Kind::Sandbox { .. } => self.freeze(true).await,
+        }
+    }
+
+    /// Lets it go on; returns whether it was halted.
+    pub async fn resume(&self) -> io::Result<bool> {
+        match &self.kind {
+            Kind::Vmm(Vmm::Qemu) => {
+                let mut qmp = Qmp::connect(&self.dir).await?;
+                let before = qmp.execute("query-status", json!({})).await?;
+                qmp.execute("cont", json!({})).await?;
+                Ok(before["running"] != true)
+            }
+            Kind::Vmm(Vmm::CloudHypervisor) => cloud_hypervisor::resume(&self.dir).await,
+            // Its clock is this machine's, which has gone on.
+            Kind::Sandbox { .. } => self.freeze(false).await.map(|()| false),
+        }
+    }
+
+    async fn freeze(&self, frozen: bool) -> io::Result<()> {
+        let Kind::Sandbox { cgroup, .. } = &self.kind else { return Ok(()) };
+        let cgroup = cgroup.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(cgroup) = cgroup else { return Err(io::Error::other("it has ended")) };
+        tokio::task::spawn_blocking(move || cgroup.freeze(frozen)).await?
     }
 
     /// Takes a process that was just spawned, and notes its identity in its directory.
@@ -376,6 +428,7 @@ fn attach(pid: i32, dir: &Path, kind: Kind) -> Option<Vm> {
         pidfd: watch(pidfd).ok()?,
         kind,
         status: Mutex::new(String::new()),
+        ahead: Mutex::default(),
     })
 }
 

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use futures_util::future::BoxFuture;
 use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
@@ -174,6 +175,9 @@ impl Hypervisor for Doubles {
             let _runtime = self.runtime.enter();
             let listener = UnixListener::bind(&socket).unwrap();
             self.runtime.spawn(serve(listener, guest));
+            let socket = spec.dir.join("qmp.sock");
+            let _ = std::fs::remove_file(&socket);
+            self.runtime.spawn(take_orders(UnixListener::bind(&socket).unwrap()));
             Vm::started(child, &spec.dir, Vmm::Qemu)
         })
     }
@@ -205,6 +209,26 @@ impl Hypervisor for Doubles {
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
         Ok(Vm::find(dir, &program(), Vmm::Qemu))
+    }
+}
+
+/// Is halted and goes on, as a QEMU.
+async fn take_orders(listener: UnixListener) {
+    let mut running = true;
+    while let Ok((mut socket, _)) = listener.accept().await {
+        let (read, mut write) = socket.split();
+        let _ = write.write_all(b"{\"QMP\": {}}\n").await;
+        let mut orders = BufReader::new(read).lines();
+        while let Ok(Some(order)) = orders.next_line().await {
+            let order: serde_json::Value = serde_json::from_str(&order).unwrap();
+            let answer = serde_json::json!({ "return": { "running": running } });
+            match order["execute"].as_str().unwrap() {
+                "stop" => running = false,
+                "cont" => running = true,
+                _ => {}
+            }
+            let _ = write.write_all(format!("{answer}\n").as_bytes()).await;
+        }
     }
 }
 

@@ -61,6 +61,7 @@ pub(crate) fn desired(n: u8, generation: u64, desired: Desired) -> DesiredSandbo
         }),
         image_digest: String::new(),
         revision: generation,
+        forked_from: None,
     }
 }
 

@@ -94,6 +94,7 @@ impl rpc::ControlPlane for Fake {
         create_token: CreateTokenRequest => CreateTokenResponse,
         revoke_token: RevokeTokenRequest => RevokeTokenResponse,
         create_sandbox: CreateSandboxRequest => Sandbox,
+        fork_sandbox: ForkSandboxRequest => ForkSandboxResponse,
         get_sandbox: GetSandboxRequest => Sandbox,
         list_sandboxes: ListSandboxesRequest => ListSandboxesResponse,
         set_desired: SetDesiredRequest => Sandbox,

@@ -202,6 +202,19 @@ pub struct Sandbox {
     /// Why it is desired so, when nobody asked: "timeout 2h".
     #[prost(string, tag = "14")]
     pub desired_reason: ::prost::alloc::string::String,
+    /// It began as a copy of another one.
+    #[prost(message, optional, tag = "15")]
+    pub forked_from: ::core::option::Option<ForkOrigin>,
+}
+/// What a fork is a copy of.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForkOrigin {
+    /// Whose memory and disk.
+    #[prost(bytes = "vec", tag = "1")]
+    pub sandbox_id: ::prost::alloc::vec::Vec<u8>,
+    /// Which fork, 16 bytes: its children are copies of one and the same moment.
+    #[prost(bytes = "vec", tag = "2")]
+    pub fork_id: ::prost::alloc::vec::Vec<u8>,
 }
 /// What a node offers.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -258,6 +271,9 @@ pub struct Driver {
     /// `kvm`, `tcg` or empty.
     #[prost(string, tag = "6")]
     pub accel: ::prost::alloc::string::String,
+    /// Its sandboxes can be forked.
+    #[prost(bool, tag = "7")]
+    pub fork: bool,
 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -313,6 +329,8 @@ pub enum Phase {
     Deleting = 10,
     /// The node has destroyed all of it: the record may go.
     Gone = 11,
+    /// Halted with all of its memory; it goes on where it was.
+    Paused = 12,
 }
 impl Phase {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -333,6 +351,7 @@ impl Phase {
             Self::Lost => "PHASE_LOST",
             Self::Deleting => "PHASE_DELETING",
             Self::Gone => "PHASE_GONE",
+            Self::Paused => "PHASE_PAUSED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -350,6 +369,7 @@ impl Phase {
             "PHASE_LOST" => Some(Self::Lost),
             "PHASE_DELETING" => Some(Self::Deleting),
             "PHASE_GONE" => Some(Self::Gone),
+            "PHASE_PAUSED" => Some(Self::Paused),
             _ => None,
         }
     }
@@ -361,6 +381,8 @@ pub enum Desired {
     Running = 1,
     Stopped = 2,
     Deleted = 3,
+    /// Up, and halted. CPU and memory stay reserved.
+    Paused = 4,
 }
 impl Desired {
     /// String value of the enum field names used in the ProtoBuf definition.
@@ -373,6 +395,7 @@ impl Desired {
             Self::Running => "DESIRED_RUNNING",
             Self::Stopped => "DESIRED_STOPPED",
             Self::Deleted => "DESIRED_DELETED",
+            Self::Paused => "DESIRED_PAUSED",
         }
     }
     /// Creates an enum from field names used in the ProtoBuf definition.
@@ -382,6 +405,7 @@ impl Desired {
             "DESIRED_RUNNING" => Some(Self::Running),
             "DESIRED_STOPPED" => Some(Self::Stopped),
             "DESIRED_DELETED" => Some(Self::Deleted),
+            "DESIRED_PAUSED" => Some(Self::Paused),
             _ => None,
         }
     }
@@ -533,6 +557,25 @@ pub struct SetDesiredRequest {
     /// Only if the record still has this generation; 0 means any.
     #[prost(uint64, tag = "4")]
     pub expect_generation: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForkSandboxRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    pub idempotency_key: ::prost::alloc::vec::Vec<u8>,
+    /// Of the one that is copied.
+    #[prost(bytes = "vec", tag = "2")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    /// How many copies, 1 to 64.
+    #[prost(uint32, tag = "3")]
+    pub count: u32,
+    /// The name of a single copy; of several, what `-1`, `-2`… follow. Empty: made up.
+    #[prost(string, tag = "4")]
+    pub name: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct ForkSandboxResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub sandboxes: ::prost::alloc::vec::Vec<Sandbox>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct SetExpiryRequest {
@@ -1187,6 +1230,9 @@ pub struct GuestHello {
     /// A GuestConfigure was applied before (the node agent restarted, the guest did not).
     #[prost(bool, tag = "5")]
     pub configured: bool,
+    /// Its workload is frozen: a fork was begun.
+    #[prost(bool, tag = "6")]
+    pub frozen: bool,
 }
 /// Node to guest, once per boot.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1242,7 +1288,7 @@ pub struct GuestConfigured {
 /// Guest to node, on the control stream.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GuestEvent {
-    #[prost(oneof = "guest_event::Event", tags = "1, 2")]
+    #[prost(oneof = "guest_event::Event", tags = "1, 2, 3, 4")]
     pub event: ::core::option::Option<guest_event::Event>,
 }
 /// Nested message and enum types in `GuestEvent`.
@@ -1253,7 +1299,27 @@ pub mod guest_event {
         ExecEnded(super::ExecEnded),
         #[prost(message, tag = "2")]
         OutOfMemory(super::OutOfMemory),
+        /// Answers `freeze`.
+        #[prost(message, tag = "3")]
+        Frozen(super::Frozen),
+        /// Answers `become`.
+        #[prost(message, tag = "4")]
+        Became(super::Became),
     }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Frozen {
+    #[prost(bytes = "vec", tag = "1")]
+    pub fork_id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, optional, tag = "2")]
+    pub error: ::core::option::Option<StreamError>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Became {
+    #[prost(bytes = "vec", tag = "1")]
+    pub fork_id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(message, optional, tag = "2")]
+    pub error: ::core::option::Option<StreamError>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ExecEnded {
@@ -1270,20 +1336,29 @@ pub struct OutOfMemory {
     pub message: ::prost::alloc::string::String,
 }
 /// Node to guest, on the control stream.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct GuestCommand {
-    #[prost(oneof = "guest_command::Command", tags = "1, 2")]
+    #[prost(oneof = "guest_command::Command", tags = "1, 2, 3, 4, 5")]
     pub command: ::core::option::Option<guest_command::Command>,
 }
 /// Nested message and enum types in `GuestCommand`.
 pub mod guest_command {
-    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Command {
         /// TERM to all of the workload, KILL after the grace, sync, power off.
         #[prost(message, tag = "1")]
         Shutdown(super::Shutdown),
         #[prost(message, tag = "2")]
         SetClock(super::SetClock),
+        /// Halts the workload, so that nothing of it runs in a copy before `become`.
+        #[prost(message, tag = "3")]
+        Freeze(super::Freeze),
+        /// Lets the workload go on where it was.
+        #[prost(message, tag = "4")]
+        Thaw(super::Thaw),
+        /// To a copy: who it is from now on. Its workload goes on when all of it is done.
+        #[prost(message, tag = "5")]
+        Become(super::Become),
     }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -1295,6 +1370,32 @@ pub struct Shutdown {
 pub struct SetClock {
     #[prost(uint64, tag = "1")]
     pub unix_ns: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Freeze {
+    #[prost(bytes = "vec", tag = "1")]
+    pub fork_id: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Thaw {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Become {
+    #[prost(bytes = "vec", tag = "1")]
+    pub fork_id: ::prost::alloc::vec::Vec<u8>,
+    /// The copy's own id, as text.
+    #[prost(string, tag = "2")]
+    pub sandbox_id: ::prost::alloc::string::String,
+    /// As in GuestConfigure.
+    #[prost(bytes = "vec", tag = "3")]
+    pub resync_marker: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "4")]
+    pub hostname: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "5")]
+    pub unix_ns: u64,
+    #[prost(bytes = "vec", tag = "6")]
+    pub entropy: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "7")]
+    pub machine_id: ::prost::alloc::vec::Vec<u8>,
 }
 /// ---- fuse (guest to node) ----
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2130,6 +2231,9 @@ pub struct DesiredSandbox {
     /// It has had a VM here: a node that lacks its disk must not begin with an empty one.
     #[prost(bool, tag = "9")]
     pub ran: bool,
+    /// It begins as a copy of this one, unless it has had a VM here.
+    #[prost(message, optional, tag = "10")]
+    pub forked_from: ::core::option::Option<ForkOrigin>,
 }
 /// Everything up to `revision` has been sent. After the first one, a sandbox that was not named is
 /// not wanted here.
@@ -2348,7 +2452,7 @@ pub struct TokenRecord {
     #[prost(string, tag = "7")]
     pub name: ::prost::alloc::string::String,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct DedupRecord {
     #[prost(string, tag = "1")]
     pub caller: ::prost::alloc::string::String,
@@ -2362,14 +2466,14 @@ pub struct DedupRecord {
     pub outcome: ::core::option::Option<Outcome>,
 }
 /// What a command did, kept for the repetition of its request.
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Outcome {
-    #[prost(oneof = "outcome::What", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "outcome::What", tags = "1, 2, 3, 4, 5")]
     pub what: ::core::option::Option<outcome::What>,
 }
 /// Nested message and enum types in `Outcome`.
 pub mod outcome {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum What {
         #[prost(message, tag = "1")]
         Sandbox(super::Sandbox),
@@ -2379,6 +2483,8 @@ pub mod outcome {
         TokenId(::prost::alloc::vec::Vec<u8>),
         #[prost(bool, tag = "4")]
         Done(bool),
+        #[prost(message, tag = "5")]
+        Forked(super::ForkSandboxResponse),
     }
 }
 /// One log entry: many commands, each applied or refused by itself.
@@ -2400,7 +2506,7 @@ pub struct Command {
     pub idempotency: ::core::option::Option<Idempotency>,
     #[prost(
         oneof = "command::What",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
     )]
     pub what: ::core::option::Option<command::What>,
 }
@@ -2437,6 +2543,9 @@ pub mod command {
         /// From version 2 on.
         #[prost(message, tag = "14")]
         SetExpiry(super::SetExpiryCommand),
+        /// From version 3 on.
+        #[prost(message, tag = "15")]
+        ForkSandbox(super::ForkSandboxCommand),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2472,6 +2581,21 @@ pub struct SetDesiredCommand {
     pub expect_generation: u64,
     /// Empty: an operator.
     #[prost(string, tag = "4")]
+    pub owner: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ForkSandboxCommand {
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub fork_id: ::prost::alloc::vec::Vec<u8>,
+    /// Of the copies.
+    #[prost(bytes = "vec", repeated, tag = "3")]
+    pub ids: ::prost::alloc::vec::Vec<::prost::alloc::vec::Vec<u8>>,
+    #[prost(string, tag = "4")]
+    pub name: ::prost::alloc::string::String,
+    /// Whose the one that is copied must be. Empty: an operator asks.
+    #[prost(string, tag = "5")]
     pub owner: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -31,6 +31,28 @@ const PROCESSES: [(&str, &str); 3] = [
     ("process", "towline-process-sandbox"),
 ];
 
+/// Waits until it is a copy.
+const WAITS_FOR_FORK: &str = "
+import ctypes, os
+libc = ctypes.CDLL(None)
+fd = libc.inotify_init()
+libc.inotify_add_watch(fd, b'/run/towline/fork', 0x404)
+open('/var/tmp/waiting', 'w').close()
+os.read(fd, 4096)
+open('/var/tmp/woke', 'w').write(open('/run/towline/fork').read())
+";
+
+/// What no two sandboxes may share, a line each.
+const DRAWS: &str = "
+cat /proc/sys/kernel/random/uuid
+head -c 1048576 /dev/urandom | sha256sum
+cat /etc/machine-id
+echo name $(uname -n)
+cat /etc/hostname
+! type openssl > /dev/null || openssl genpkey -algorithm ed25519 | sed -n 2p
+! type ssh-keygen > /dev/null || { rm -f /var/tmp/k*; ssh-keygen -q -t ed25519 -N '' -f /var/tmp/k; cut -d' ' -f2 /var/tmp/k.pub; }
+";
+
 #[test]
 fn a_vm_is_what_a_sandbox_is() {
     is_a_sandbox(Kind { name: "vm", own_kernel: true });
@@ -58,6 +80,8 @@ fn is_a_sandbox(kind: Kind) {
     sandbox.check_ports();
     sandbox.check_egress();
     sandbox.check_node_agent_killed();
+    sandbox.check_pause();
+    sandbox.check_fork();
     sandbox.check_stop_and_start();
     sandbox.check_killed();
     sandbox.check_removed();
@@ -180,6 +204,133 @@ impl Sandbox<'_> {
         let done = running.finish(BOOT).ok();
         let wanted: Vec<_> = (0..200).map(|number| format!("line {number}")).collect();
         assert_eq!(done.out(), wanted.join("\n"));
+    }
+
+    /// All of it stands still and goes on where it was; whoever was let in before stays in.
+    fn check_pause(&self) {
+        let count = "touch /var/tmp/pausing; i=0; while [ $i -lt 100 ]; do echo line $i; \
+                     i=$((i+1)); sleep 0.02; done";
+        let exec = ["exec", "--no-sync", "it", "--", "sh", "-c", count];
+        let running = self.cluster.tow(exec);
+        self.wait_for_file("/var/tmp/pausing");
+        self.cluster.tow(["pause", "it"]).finish(SHORT).ok();
+        assert_eq!(self.inspect()["phase"], "paused");
+        assert!(self.cluster.tow(["ls"]).finish(SHORT).ok().out().contains("paused"));
+        let exec = ["exec", "--no-sync", "it", "--", "true"];
+        let refused = self.cluster.tow(exec).finish(SHORT).expect(125);
+        assert!(refused.err().contains("tow resume it"), "{}", refused.err());
+        self.cluster.tow(["resume", "it"]).finish(SHORT).ok();
+        let wanted: Vec<_> = (0..100).map(|number| format!("line {number}")).collect();
+        assert_eq!(running.finish(BOOT).ok().out(), wanted.join("\n"));
+
+        // A node agent that comes back finds it paused, and sees its clock right when it goes on.
+        self.cluster.tow(["pause", "it"]).finish(SHORT).ok();
+        self.cluster.process(&["towline-node-agent", "--config"]).kill();
+        let is = |phase: &str| (self.inspect()["phase"] == phase).then_some(());
+        wait_for("it to be found paused", SHORT, || is("paused"));
+        self.cluster.tow(["resume", "it"]).finish(BOOT).ok();
+        let seconds = || std::time::UNIX_EPOCH.elapsed().unwrap().as_secs();
+        let before = seconds();
+        let there: u64 = self.exec("it", "date +%s").parse().unwrap();
+        assert!((before.saturating_sub(2)..=seconds() + 2).contains(&there), "{there} {before}");
+
+        // What is paused can be stopped, and a run resumes it.
+        self.cluster.tow(["pause", "it"]).finish(SHORT).ok();
+        assert_eq!(self.run("echo resumed").ok().out(), "resumed");
+    }
+
+    fn exec(&self, name: &str, script: &str) -> String {
+        let exec = ["exec", "--no-sync", name, "--", "sh", "-c", script];
+        self.cluster.tow(exec).finish(BOOT).ok().out()
+    }
+
+    /// Copies go on where the original was, are others from their first instruction on, and share
+    /// nothing with it afterwards.
+    fn check_fork(&self) {
+        if !self.kind.own_kernel {
+            let refused = self.cluster.tow(["fork", "it"]).finish(SHORT);
+            assert_ne!(refused.code, 0);
+            assert!(refused.err().contains("cannot copy memory"), "{}", refused.err());
+            return;
+        }
+        let tick = "i=0; while :; do i=$((i+1)); echo $i > /var/tmp/.t; mv /var/tmp/.t /var/tmp/tick; \
+                    sleep 0.05; done";
+        for argv in [["sh", "-c", tick], ["python3", "-c", WAITS_FOR_FORK]] {
+            let exec = ["exec", "--no-sync", "-d", "it", "--"].into_iter().chain(argv);
+            self.cluster.tow(exec.collect::<Vec<_>>()).finish(SHORT).ok();
+        }
+        self.wait_for_file("/var/tmp/tick");
+        self.wait_for_file("/var/tmp/waiting");
+        let before: u64 = self.exec("it", "cat /var/tmp/tick").parse().unwrap();
+        let fork = ["fork", "it", "-n", "2", "--name", "copy"];
+        let made = self.cluster.tow(fork).finish(BOOT).ok();
+        assert_eq!(made.out(), "copy-1\ncopy-2");
+        let all = ["it", "copy-1", "copy-2"];
+        for name in all {
+            wait_for("it to go on", SHORT, || {
+                let now: u64 = self.exec(name, "cat /var/tmp/tick").parse().unwrap();
+                (now > before).then_some(())
+            });
+        }
+        let shown = self.cluster.inspect("copy-1");
+        assert_eq!(
+            (&shown["start"], &shown["forked_from"]),
+            (&"fork".into(), &self.inspect()["id"])
+        );
+        // What it drew, and is called.
+        let drawn = all.map(|name| self.exec(name, DRAWS));
+        println!("{drawn:#?}");
+        for (one, other) in [(0, 1), (0, 2), (1, 2)] {
+            for (a, b) in drawn[one].lines().zip(drawn[other].lines()) {
+                assert_ne!(a, b, "{} and {} share it", all[one], all[other]);
+            }
+        }
+        assert!(drawn[1].lines().count() >= 5 && drawn[1].contains("name copy-1"), "{}", drawn[1]);
+        for name in ["copy-1", "copy-2"] {
+            let told = self.exec(name, "cat /var/tmp/woke; cat /run/towline/fork");
+            let lines: Vec<_> = told.lines().collect();
+            let id = self.cluster.inspect(name)["id"].as_str().unwrap().to_owned();
+            assert!(lines[0] == lines[1] && lines[0].ends_with(&id), "{told}");
+        }
+        assert_eq!(self.exec("it", "ls /var/tmp/woke 2>/dev/null; cat /run/towline/fork"), "");
+        // Each has a disk and a way out of its own.
+        self.exec("copy-1", "echo mine > /var/tmp/mine");
+        assert!(self.exec("copy-2", "ls /var/tmp/mine 2>&1 || true").contains("No such"));
+        let script = "bash -c 'echo x > /dev/tcp/10.1.2.3/80' 2>&1 | tail -n 1";
+        assert!(self.exec("copy-1", script).contains("refused"));
+        self.cluster.tow(["stop", "copy-1"]).finish(BOOT).ok();
+        self.cluster.tow(["start", "copy-1"]).finish(BOOT).ok();
+        assert_eq!(self.exec("copy-1", "cat /var/tmp/mine"), "mine");
+        assert_ne!(self.cluster.inspect("copy-1")["start"], "fork", "only its first start is one");
+        self.cluster.tow(["rm", "copy-1", "copy-2"]).finish(BOOT).ok();
+        self.check_fork_killed();
+        // Not this very shell.
+        self.exec("it", "pkill -f 'mv /var/tmp/[.]t' || true");
+    }
+
+    /// Whenever the node agent dies while copies are made: the original goes on, and a copy runs or
+    /// says why it does not.
+    fn check_fork_killed(&self) {
+        for (round, pause_ms) in [0, 150, 600, 1500].into_iter().enumerate() {
+            let name = format!("late-{round}");
+            let fork = self.cluster.tow(["fork", "it", "--name", name.as_str()]);
+            std::thread::sleep(std::time::Duration::from_millis(pause_ms));
+            self.cluster.process(&["towline-node-agent", "--config"]).kill();
+            let done = fork.finish(BOOT);
+            let phase = self.cluster.inspect(&name)["phase"].clone();
+            println!("killed after {pause_ms} ms: {} {phase} {}", done.code, done.err());
+            if done.code == 0 {
+                assert_eq!(self.exec(&name, "cat /etc/hostname"), name);
+            } else {
+                assert_eq!(phase, "failed", "{}", done.err());
+            }
+            let before: u64 = self.exec("it", "cat /var/tmp/tick").parse().unwrap();
+            wait_for("the original to go on", SHORT, || {
+                let now: u64 = self.exec("it", "cat /var/tmp/tick").parse().unwrap();
+                (now > before).then_some(())
+            });
+            self.cluster.tow(["rm", name.as_str()]).finish(BOOT).ok();
+        }
     }
 
     fn check_stop_and_start(&self) {

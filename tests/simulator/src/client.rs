@@ -1,4 +1,4 @@
-//! One client: creates, stops, starts and removes sandboxes of its own, repeats each request with
+//! One client: creates, pauses, copies, stops, starts and removes sandboxes of its own, repeats each request with
 //! its key until it is answered, and remembers what it was told.
 
 use std::collections::BTreeMap;
@@ -27,6 +27,18 @@ struct Operation {
     request: Request,
     mark: String,
     unsure: bool,
+}
+
+impl Operation {
+    /// Of what it may make.
+    fn marks(&self) -> Vec<String> {
+        match &self.request {
+            Request::ForkSandbox(fork) if fork.count > 1 => {
+                (1..=fork.count).map(|number| format!("{}-{number}", self.mark)).collect()
+            }
+            _ => vec![self.mark.clone()],
+        }
+    }
 }
 
 /// What a client knows of one sandbox.
@@ -90,7 +102,11 @@ impl Client {
             let set = v1::SetExpiryRequest { idempotency_key: key, id, ttl_s };
             return Operation { request: Request::SetExpiry(set), mark, unsure: false };
         }
-        let desired = match self.rng.range(0, 9) {
+        if self.rng.percent(12) {
+            return self.invent_fork(key, id);
+        }
+        let desired = match self.rng.range(0, 12) {
+            10.. => Desired::Paused,
             0..4 => Desired::Stopped,
             4..6 => Desired::Running,
             _ => Desired::Deleted,
@@ -100,6 +116,17 @@ impl Client {
             id,
             desired: desired.into(),
             expect_generation: 0,
+        });
+        Operation { request, mark, unsure: false }
+    }
+
+    fn invent_fork(&mut self, key: Vec<u8>, id: Vec<u8>) -> Operation {
+        let mark = format!("{}-{}", self.name, self.operation);
+        let request = Request::ForkSandbox(v1::ForkSandboxRequest {
+            idempotency_key: key,
+            id,
+            count: u32::try_from(self.rng.range(1, 3)).unwrap_or(1),
+            name: mark.clone(),
         });
         Operation { request, mark, unsure: false }
     }
@@ -155,6 +182,17 @@ impl Client {
                 let known = Known { id: sandbox.id.clone(), desired: sandbox.desired(), unsure };
                 self.acknowledged.insert(mark, known);
             }
+            Ok(Answer::Forked(copies)) => {
+                let made: Vec<String> = copies.iter().map(mark_of).collect();
+                if made != operation.marks() {
+                    return Err(format!("asked for {:?}, got {made:?}", operation.marks()));
+                }
+                for sandbox in copies {
+                    let (id, desired) = (sandbox.id.clone(), sandbox.desired());
+                    let known = Known { id, desired, unsure: false };
+                    self.acknowledged.insert(mark_of(sandbox), known);
+                }
+            }
             Ok(other) => return Err(format!("a strange answer: {other:?}")),
             Err(refusal) => match refusal.kind {
                 RefusalKind::NotLeader { .. } | RefusalKind::Unavailable => return Ok(false),
@@ -192,7 +230,7 @@ impl Client {
                     known.desired = Desired::Deleted;
                 }
             }
-            _ if operation.unsure => self.maybe.push(operation.mark.clone()),
+            _ if operation.unsure => self.maybe.extend(operation.marks()),
             _ => {}
         }
         Ok(())
@@ -201,6 +239,10 @@ impl Client {
 
 /// Which operation made a sandbox.
 pub(crate) fn mark_of(sandbox: &v1::Sandbox) -> String {
+    // Copies have all of what they are copies of, but its name.
+    if sandbox.forked_from.is_some() {
+        return sandbox.spec.as_ref().map(|spec| spec.name.clone()).unwrap_or_default();
+    }
     let env = sandbox.spec.as_ref().and_then(|spec| spec.env.first().cloned()).unwrap_or_default();
     String::from_utf8_lossy(&env).trim_start_matches("MARK=").to_owned()
 }

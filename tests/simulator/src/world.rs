@@ -667,6 +667,9 @@ impl World {
                 Desired::Running => {
                     matches!(observed.phase(), Phase::Running | Phase::Stopped | Phase::Failed)
                 }
+                Desired::Paused => {
+                    matches!(observed.phase(), Phase::Paused | Phase::Stopped | Phase::Failed)
+                }
                 Desired::Stopped => observed.phase() == Phase::Stopped,
                 Desired::Deleted | Desired::Unspecified => false,
             };
@@ -699,7 +702,7 @@ fn member_of(event: &Event, sessions: &BTreeMap<u64, Session>) -> Option<usize> 
 
 /// Whether a timeout stopped what was acknowledged as running. It never does more than that.
 fn was_timed_out(sandbox: &v1::Sandbox, acknowledged: Desired) -> bool {
-    acknowledged == Desired::Running
+    matches!(acknowledged, Desired::Running | Desired::Paused)
         && sandbox.desired() == Desired::Stopped
         && sandbox.desired_reason.starts_with("timeout ")
 }

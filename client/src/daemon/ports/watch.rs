@@ -97,7 +97,8 @@ async fn watch(
                 if phase == Phase::Gone {
                     return Ended::Gone;
                 }
-                let runs = now.desired() == Desired::Running && phase != Phase::Lost;
+                let up = matches!(now.desired(), Desired::Running | Desired::Paused);
+                let runs = up && phase != Phase::Lost;
                 running.store(runs, Ordering::Relaxed);
             }
             Some(Err(RpcError::NotFound(_))) => return Ended::Gone,

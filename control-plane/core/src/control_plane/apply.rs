@@ -198,6 +198,7 @@ impl ControlPlane {
 fn to_answer(done: Done) -> Answer {
     match done {
         Done::Sandbox(sandbox) => Answer::Sandbox(sandbox),
+        Done::Forked(sandboxes) => Answer::Forked(sandboxes),
         Done::Image(image) => Answer::Image(image),
         Done::Token(id) => Answer::Token(id),
         Done::Admitted { role, project } => Answer::Admitted { role, project },

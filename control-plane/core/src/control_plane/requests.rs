@@ -12,6 +12,7 @@ use crate::proposals::{Creation, IN_FLIGHT_MAX, Waiter};
 use crate::random::fingerprint;
 use crate::refusal::Refusal;
 use crate::resources::Resources;
+use crate::state::forks::FORK_MAX;
 use crate::state::projects::DEFAULT_PROJECT;
 
 /// Longest life of a join token.
@@ -54,6 +55,7 @@ impl ControlPlane {
                 self.create(Creation { request_id: id, caller, request, attempts: 0, placed: None })
             }
             Request::SetDesired(set) => self.set_desired(id, &caller, &set),
+            Request::ForkSandbox(fork) => self.fork(id, &caller, fork),
             Request::SetExpiry(set) => {
                 check_timeout(set.ttl_s)?;
                 let key = keyed(&caller, &set.idempotency_key, &set)?;
@@ -147,7 +149,9 @@ impl ControlPlane {
         set: &v1::SetDesiredRequest,
     ) -> Result<(), Refusal> {
         if set.desired() == Desired::Unspecified {
-            return Err(Refusal::invalid("say what is desired: running, stopped or deleted"));
+            return Err(Refusal::invalid(
+                "say what is desired: running, paused, stopped or deleted",
+            ));
         }
         let key = keyed(caller, &set.idempotency_key, set)?;
         let command = v1::SetDesiredCommand {
@@ -157,6 +161,34 @@ impl ControlPlane {
             owner: owner_asked(caller),
         };
         self.pend(id, Some(key), What::SetDesired(command));
+        Ok(())
+    }
+
+    fn fork(
+        &mut self,
+        id: RequestId,
+        caller: &Caller,
+        fork: v1::ForkSandboxRequest,
+    ) -> Result<(), Refusal> {
+        let key = keyed(caller, &fork.idempotency_key, &fork)?;
+        let count = usize::try_from(fork.count).unwrap_or(usize::MAX);
+        if !(1..=FORK_MAX).contains(&count) {
+            return Err(Refusal::invalid(format!(
+                "a fork makes 1 to {FORK_MAX} copies, not {count}"
+            )));
+        }
+        if !fork.name.is_empty() {
+            crate::names::check(&fork.name)?;
+            crate::names::check(&format!("{}-{count}", fork.name))?;
+        }
+        let command = v1::ForkSandboxCommand {
+            id: fork.id,
+            fork_id: self.new_id().to_vec(),
+            ids: (0..count).map(|_| self.new_id().to_vec()).collect(),
+            name: fork.name,
+            owner: owner_asked(caller),
+        };
+        self.pend(id, Some(key), What::ForkSandbox(command));
         Ok(())
     }
 

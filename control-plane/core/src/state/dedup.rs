@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use towline_proto::ids::TokenId;
-use towline_proto::v1::{DedupRecord, Idempotency, Outcome, outcome};
+use towline_proto::v1::{self, DedupRecord, Idempotency, Outcome, outcome};
 
 use super::Done;
 use crate::planted;
@@ -89,6 +89,9 @@ fn to_outcome(done: &Done) -> Option<Outcome> {
         Done::Sandbox(sandbox) => outcome::What::Sandbox((**sandbox).clone()),
         Done::Image(image) => outcome::What::Image(image.clone()),
         Done::Token(id) => outcome::What::TokenId(id.to_vec()),
+        Done::Forked(sandboxes) => {
+            outcome::What::Forked(v1::ForkSandboxResponse { sandboxes: sandboxes.clone() })
+        }
         Done::Nothing => outcome::What::Done(true),
         Done::Admitted { .. } | Done::Node { .. } => return None,
     };
@@ -102,6 +105,7 @@ fn from_outcome(outcome: Option<&Outcome>) -> Done {
         Some(outcome::What::TokenId(id)) => {
             TokenId::try_from(id.as_slice()).map_or(Done::Nothing, Done::Token)
         }
+        Some(outcome::What::Forked(forked)) => Done::Forked(forked.sandboxes),
         Some(outcome::What::Done(_)) | None => Done::Nothing,
     }
 }

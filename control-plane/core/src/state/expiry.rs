@@ -1,8 +1,9 @@
 //! When sandboxes are stopped by themselves: `SandboxSpec.timeout_s` after each start.
 //!
 //! Only replicated time counts, so all members stop the same ones at the same entry; a leader
-//! proposes an entry when the next time has come (`control_plane`). Nothing is ever deleted. The
-//! invariant: a sandbox has an `expires_ms` only while it is wanted running and has not ended.
+//! proposes an entry when the next time has come (`control_plane`). Nothing is ever deleted. A pause
+//! does not stop the clock. The invariant: a sandbox has an `expires_ms` only while it is wanted
+//! running or paused and has not ended.
 
 use std::time::Duration;
 
@@ -37,10 +38,15 @@ impl Sandboxes {
 /// When a sandbox whose timeout counts from now is stopped; 0 for never.
 pub(super) fn expiry(sandbox: &v1::Sandbox, now_ms: u64) -> u64 {
     let timeout_s = sandbox.spec.as_ref().map_or(0, |spec| spec.timeout_s);
-    if timeout_s == 0 || sandbox.desired() != Desired::Running || has_ended(sandbox) {
+    if timeout_s == 0 || !is_up(sandbox) || has_ended(sandbox) {
         return 0;
     }
     now_ms.saturating_add(timeout_s.saturating_mul(1000))
+}
+
+/// Whether it is wanted to hold CPU and memory.
+pub(crate) fn is_up(sandbox: &v1::Sandbox) -> bool {
+    matches!(sandbox.desired(), Desired::Running | Desired::Paused)
 }
 
 impl State {

@@ -117,6 +117,17 @@ impl Sandboxes {
     }
 }
 
+/// What a new sandbox is made of.
+#[derive(Debug)]
+pub(super) struct New {
+    pub(super) id: SandboxId,
+    pub(super) project: String,
+    pub(super) owner: String,
+    pub(super) spec: v1::SandboxSpec,
+    pub(super) node_id: Vec<u8>,
+    pub(super) forked_from: Option<v1::ForkOrigin>,
+}
+
 impl State {
     pub(super) fn create_sandbox(
         &mut self,
@@ -139,36 +150,51 @@ impl State {
         self.nodes.reserve_on_ready(node, want).map_err(|_| {
             Refusal::new(RefusalKind::Raced, format!("{node} has no room any more; try again"))
         })?;
-        self.revision += 1;
-        let mut sandbox = v1::Sandbox {
-            id: create.id.clone(),
+        let sandbox = self.new_sandbox(New {
+            id,
             project: create.project.clone(),
             owner: create.owner.clone(),
-            spec: Some(spec),
-            desired: Desired::Running.into(),
-            generation: 1,
-            epoch: 1,
+            spec,
             node_id: create.node_id.clone(),
-            expires_ms: 0,
-            desired_reason: String::new(),
-            observed: Some(v1::Observed {
-                sandbox_id: create.id.clone(),
-                epoch: 1,
-                generation: 1,
-                phase: Phase::Placed.into(),
-                ..Default::default()
-            }),
-            revision: self.revision,
-            created_ms: self.now_ms,
-            since_ms: self.now_ms,
-        };
-        sandbox.expires_ms = expiry(&sandbox, self.now_ms);
+            forked_from: None,
+        });
         let record =
             SandboxRecord { sandbox: Some(sandbox.clone()), image_digest, computing: true };
         self.sandboxes.insert(record)?;
         changes.sandboxes.insert(id);
         changes.desired.insert(id);
         Ok(Done::Sandbox(Box::new(sandbox)))
+    }
+
+    /// A sandbox that was just placed; the caller has reserved what it needs.
+    pub(super) fn new_sandbox(&mut self, new: New) -> v1::Sandbox {
+        self.revision += 1;
+        let observed = v1::Observed {
+            sandbox_id: new.id.to_vec(),
+            epoch: 1,
+            generation: 1,
+            phase: Phase::Placed.into(),
+            ..Default::default()
+        };
+        let mut sandbox = v1::Sandbox {
+            id: new.id.to_vec(),
+            project: new.project,
+            owner: new.owner,
+            spec: Some(new.spec),
+            desired: Desired::Running.into(),
+            generation: 1,
+            epoch: 1,
+            node_id: new.node_id,
+            expires_ms: 0,
+            desired_reason: String::new(),
+            observed: Some(observed),
+            revision: self.revision,
+            created_ms: self.now_ms,
+            since_ms: self.now_ms,
+            forked_from: new.forked_from,
+        };
+        sandbox.expires_ms = expiry(&sandbox, self.now_ms);
+        sandbox
     }
 
     fn take_name(&self, project: &str, wanted: &str, id: SandboxId) -> Result<String, Refusal> {
@@ -211,6 +237,14 @@ impl State {
         let again = desired == Desired::Running && has_ended(&sandbox);
         if sandbox.desired() == desired && !again {
             return Ok(Done::Sandbox(Box::new(self.view(record))));
+        }
+        if desired == Desired::Paused
+            && (sandbox.desired() != Desired::Running || has_ended(&sandbox))
+        {
+            let name = sandbox.spec.as_ref().map_or("", |spec| spec.name.as_str());
+            return Err(Refusal::precondition(format!(
+                "`{name}` does not run, so it cannot be paused: `tow start {name}` first"
+            )));
         }
         self.reserve_again(record.computing, &sandbox, desired)?;
         Ok(Done::Sandbox(Box::new(self.steer(id, desired, "", changes))))
@@ -259,11 +293,14 @@ impl State {
             return v1::Sandbox::default();
         };
         let sandbox = record.sandbox.get_or_insert_default();
+        let is_up = |desired| matches!(desired, Desired::Running | Desired::Paused);
+        // Paused or resumed: it stays what it is, and its timeout goes on.
+        let stays_up = is_up(sandbox.desired()) && is_up(desired) && !has_ended(sandbox);
         sandbox.set_desired(desired);
         reason.clone_into(&mut sandbox.desired_reason);
         sandbox.generation += 1;
         sandbox.revision = revision;
-        if desired == Desired::Running {
+        if desired == Desired::Running && !stays_up {
             record.computing = true;
             let generation = sandbox.generation;
             let observed = sandbox.observed.get_or_insert_default();
@@ -273,7 +310,9 @@ impl State {
             observed.main_exit = None;
             sandbox.since_ms = now_ms;
         }
-        self.sandboxes.count_anew(id, now_ms);
+        if !stays_up {
+            self.sandboxes.count_anew(id, now_ms);
+        }
         let sandbox = self.sandboxes.get(id).and_then(|record| record.sandbox.clone());
         let sandbox = sandbox.unwrap_or_default();
         if desired == Desired::Deleted {
@@ -402,14 +441,14 @@ fn is_end(phase: Phase) -> bool {
 
 /// Whether the phase takes CPU and memory. Once given back, only a start takes them again.
 pub(crate) fn runs(phase: Phase) -> bool {
-    matches!(phase, Phase::Preparing | Phase::Booting | Phase::Running)
+    matches!(phase, Phase::Preparing | Phase::Booting | Phase::Running | Phase::Paused)
 }
 
 fn may_report(phase: Phase) -> bool {
     !matches!(phase, Phase::Unspecified | Phase::Placed | Phase::Unknown)
 }
 
-fn shape_of(sandbox: &v1::Sandbox) -> Resources {
+pub(super) fn shape_of(sandbox: &v1::Sandbox) -> Resources {
     let shape = sandbox.spec.as_ref().and_then(|spec| spec.shape.as_ref());
     shape.map(Resources::of_shape).unwrap_or_default()
 }

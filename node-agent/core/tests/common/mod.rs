@@ -5,9 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use towline_node_core::{Assignment, Effect, Failure, Found, FoundVm, Gate, Input, NodeAgent};
+use towline_node_core::{
+    Assignment, Effect, Failure, Fork, Found, FoundVm, Gate, Input, NodeAgent,
+};
 use towline_node_core::{Record, Watcher};
-use towline_proto::ids::{NodeId, SandboxId};
+use towline_proto::ids::{ForkId, NodeId, SandboxId};
 use towline_proto::v1::{Capacity, Desired, Observed, Phase, SandboxSpec, Shape};
 
 pub(crate) fn id(n: u8) -> SandboxId {
@@ -30,7 +32,14 @@ pub(crate) fn assignment(n: u8, epoch: u64, generation: u64, desired: Desired) -
         spec: SandboxSpec { shape: Some(shape), ..SandboxSpec::default() },
         image_digest: String::new(),
         revision: generation,
+        fork: None,
     }
+}
+
+/// One that begins as a copy of sandbox 9.
+pub(crate) fn copy(n: u8, epoch: u64, generation: u64, desired: Desired) -> Assignment {
+    let fork = Fork { source: id(9), id: ForkId::from_bytes([n; 16]) };
+    Assignment { fork: Some(fork), ..assignment(n, epoch, generation, desired) }
 }
 
 /// The world around one core, which outlives the core.
@@ -44,6 +53,10 @@ pub(crate) struct World {
     /// What would be found after a restart.
     pub(crate) disk: BTreeMap<SandboxId, Record>,
     pub(crate) alive: BTreeSet<SandboxId>,
+    /// Those of them that are halted.
+    pub(crate) halted: BTreeSet<SandboxId>,
+    /// What was said last to be kept.
+    pub(crate) forks: Option<BTreeSet<ForkId>>,
     pub(crate) gates: BTreeMap<SandboxId, Gate>,
     /// What the control plane has committed.
     pub(crate) committed: BTreeMap<SandboxId, Observed>,
@@ -60,6 +73,8 @@ impl World {
             waiting: Vec::new(),
             disk: BTreeMap::new(),
             alive: BTreeSet::new(),
+            halted: BTreeSet::new(),
+            forks: None,
             gates: BTreeMap::new(),
             committed: BTreeMap::new(),
             reports: 0,
@@ -79,6 +94,7 @@ impl World {
                 Effect::Gate { sandbox, gate } => {
                     self.gates.insert(sandbox, gate);
                 }
+                Effect::KeepForks { forks } => self.forks = Some(forks),
                 effect => self.waiting.push(effect),
             }
         }
@@ -101,6 +117,11 @@ impl World {
     /// Takes the effect at `index` and answers it, well or badly.
     pub(crate) fn answer(&mut self, index: usize, well: bool) {
         let effect = self.waiting.remove(index);
+        // What has ended cannot be taken up.
+        let well = match &effect {
+            Effect::AdoptVm { assignment, .. } => well && self.alive.contains(&assignment.sandbox),
+            _ => well,
+        };
         let failure = || Failure { reason: "broken".into(), transient: true };
         match effect {
             Effect::Persist { version, record } => {
@@ -120,14 +141,43 @@ impl World {
                     false => Input::PrepareFailed { sandbox, run, failure: failure() },
                 });
             }
+            Effect::AdoptVm { run, assignment }
+                if well && assignment.desired == Desired::Paused =>
+            {
+                let sandbox = assignment.sandbox;
+                if self.core.run(sandbox) == Some(run) {
+                    self.halted.insert(sandbox);
+                    self.input(Input::VmPaused { sandbox, run });
+                }
+            }
             Effect::StartVm { run, assignment } | Effect::AdoptVm { run, assignment } => {
                 let sandbox = assignment.sandbox;
                 // A start that was given up meanwhile answers late, and starts nothing.
+                self.halted.remove(&sandbox);
                 if well && self.core.run(sandbox) == Some(run) {
                     self.alive.insert(sandbox);
                     let (driver, isolation) = ("qemu".into(), "vm".into());
                     let start = "cold".into();
                     self.input(Input::VmStarted { sandbox, run, driver, isolation, start });
+                } else {
+                    self.alive.remove(&sandbox);
+                    self.input(Input::VmFailed { sandbox, run, failure: failure() });
+                }
+            }
+            // What has ended since cannot be halted.
+            Effect::PauseVm { sandbox, .. } if !self.alive.contains(&sandbox) => {}
+            Effect::PauseVm { sandbox, run } if well => {
+                self.halted.insert(sandbox);
+                self.input(Input::VmPaused { sandbox, run });
+            }
+            Effect::PauseVm { sandbox, run } => {
+                self.input(Input::PauseFailed { sandbox, run, reason: "busy".into() });
+            }
+            Effect::ResumeVm { run, assignment } => {
+                let sandbox = assignment.sandbox;
+                self.halted.remove(&sandbox);
+                if well {
+                    self.input(Input::VmResumed { sandbox, run });
                 } else {
                     self.alive.remove(&sandbox);
                     self.input(Input::VmFailed { sandbox, run, failure: failure() });
@@ -139,6 +189,7 @@ impl World {
             }),
             Effect::StopVm { sandbox, run, .. } | Effect::KillVm { sandbox, run } => {
                 self.alive.remove(&sandbox);
+                self.halted.remove(&sandbox);
                 // What was being done for the run is given up with it.
                 self.waiting.retain(|other| !begins(other, run));
                 self.input(Input::VmExited { sandbox, run, reason: "it ended".into() });
@@ -146,6 +197,7 @@ impl World {
             Effect::Destroy { sandbox } => {
                 if well {
                     self.alive.remove(&sandbox);
+                    self.halted.remove(&sandbox);
                     self.disk.remove(&sandbox);
                     self.waiting.retain(|other| !is_about(other, sandbox));
                     self.input(Input::Destroyed { sandbox, freed_bytes: 1 });
@@ -165,7 +217,7 @@ impl World {
                     self.cut();
                 }
             }
-            Effect::Gate { .. } => unreachable!("gates are answered at once"),
+            Effect::Gate { .. } | Effect::KeepForks { .. } => unreachable!("answered at once"),
         }
     }
 
@@ -211,6 +263,7 @@ impl World {
         self.watcher = Watcher::new();
         self.waiting.clear();
         self.gates.clear();
+        self.forks = None;
         self.input(Input::Recovered(found));
     }
 
@@ -234,6 +287,8 @@ fn begins(effect: &Effect, of: u64) -> bool {
         Effect::Prepare { run, .. }
         | Effect::StartVm { run, .. }
         | Effect::AdoptVm { run, .. }
+        | Effect::ResumeVm { run, .. }
+        | Effect::PauseVm { run, .. }
         | Effect::Probe { run, .. }
         | Effect::StopVm { run, .. }
         | Effect::KillVm { run, .. } => *run == of,
@@ -246,11 +301,13 @@ fn is_about(effect: &Effect, id: SandboxId) -> bool {
         Effect::Persist { record, .. } => record.assignment.sandbox == id,
         Effect::Prepare { assignment, .. }
         | Effect::StartVm { assignment, .. }
-        | Effect::AdoptVm { assignment, .. } => assignment.sandbox == id,
-        Effect::Probe { sandbox, .. }
+        | Effect::AdoptVm { assignment, .. }
+        | Effect::ResumeVm { assignment, .. } => assignment.sandbox == id,
+        Effect::PauseVm { sandbox, .. }
+        | Effect::Probe { sandbox, .. }
         | Effect::StopVm { sandbox, .. }
         | Effect::KillVm { sandbox, .. }
         | Effect::Destroy { sandbox } => *sandbox == id,
-        Effect::Gate { .. } | Effect::Report { .. } => false,
+        Effect::Gate { .. } | Effect::KeepForks { .. } | Effect::Report { .. } => false,
     }
 }

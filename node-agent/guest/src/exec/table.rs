@@ -147,7 +147,8 @@ impl ExecTable {
         self.push_event(ended_event(exec, status));
     }
 
-    fn push_event(&self, event: Event) {
+    /// Tells the node something.
+    pub(crate) fn push_event(&self, event: Event) {
         let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
         if events.len() == EVENTS_MAX {
             events.pop_front();

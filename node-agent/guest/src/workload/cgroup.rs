@@ -24,6 +24,12 @@ const LOOK: Duration = Duration::from_millis(20);
 /// How long killed processes may take to go: one in uninterruptible sleep does not.
 const KILLED_MAX: Duration = Duration::from_secs(5);
 
+const FREEZE: &str = "cgroup.freeze";
+/// How long the workload may take to halt: a process that waits for a disk does not before that has
+/// answered.
+const FREEZE_MAX: Duration = Duration::from_secs(20);
+/// Between two looks whether it has.
+const FREEZE_LOOK: Duration = Duration::from_millis(2);
 /// Where the memory controller is mounted, if it is one of cgroup v1.
 const MEMORY_V1: &str = "/run/towline/memory";
 /// Says of an exec's cgroup, by 0, that the exec has ended.
@@ -101,6 +107,30 @@ impl Cgroups {
 
     fn workload(&self) -> PathBuf {
         self.base.join("workload")
+    }
+
+    /// Halts all processes of the workload, and those that are started meanwhile.
+    pub(crate) async fn freeze(&self) -> io::Result<()> {
+        fs::write(self.workload().join(FREEZE), "1")?;
+        let until = Instant::now() + FREEZE_MAX;
+        loop {
+            let events = fs::read_to_string(self.workload().join("cgroup.events"))?;
+            if events.lines().any(|line| line == "frozen 1") {
+                return Ok(());
+            }
+            if Instant::now() >= until {
+                self.thaw()?;
+                let bound = FREEZE_MAX.as_secs();
+                let what = format!("a process of it did not halt within {bound} s");
+                return Err(io::Error::other(what));
+            }
+            sleep(FREEZE_LOOK).await;
+        }
+    }
+
+    /// Lets them go on.
+    pub(crate) fn thaw(&self) -> io::Result<()> {
+        fs::write(self.workload().join(FREEZE), "0")
     }
 
     /// A cgroup for one exec.

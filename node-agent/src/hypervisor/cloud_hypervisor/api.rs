@@ -41,6 +41,12 @@ pub(super) struct Ping {
     pub(super) version: String,
 }
 
+/// What it says of its VM.
+#[derive(Debug, Deserialize)]
+pub(super) struct VmInfo {
+    pub(super) state: String,
+}
+
 impl Api<'_> {
     /// Waits until it listens, and says who it is. Give this up when its process has ended.
     pub(super) async fn ping(&self) -> Result<Ping, HypervisorError> {
@@ -54,6 +60,17 @@ impl Api<'_> {
             }
         };
         let asked = exchange(stream, Method::GET, ORDER, Bytes::new());
+        let answer = self.within(ORDER, LISTENS_MAX, asked).await?;
+        serde_json::from_slice(&answer).map_err(|error| self.refused(ORDER, error.to_string()))
+    }
+
+    /// What it says of its VM.
+    pub(super) async fn info(&self) -> Result<VmInfo, HypervisorError> {
+        const ORDER: &str = "vm.info";
+        let asked = async {
+            let stream = connect(self.0, API_SOCKET).await.map_err(|error| error.to_string())?;
+            exchange(stream, Method::GET, ORDER, Bytes::new()).await
+        };
         let answer = self.within(ORDER, LISTENS_MAX, asked).await?;
         serde_json::from_slice(&answer).map_err(|error| self.refused(ORDER, error.to_string()))
     }

@@ -65,6 +65,24 @@ pub(super) struct Disk {
     image_type: &'static str,
 }
 
+impl Disk {
+    /// What it is called.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The file behind it.
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
+    #[cfg(test)]
+    pub(super) fn new(id: &str, path: &str) -> Self {
+        let (id, path, image_type) = (id.to_owned(), path.to_owned(), "Raw");
+        Self { serial: id.clone(), id, pci_device_id: 0, path, readonly: false, image_type }
+    }
+}
+
 #[derive(Debug, Serialize)]
 struct Rng {
     src: &'static str,

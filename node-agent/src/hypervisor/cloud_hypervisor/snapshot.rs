@@ -11,13 +11,18 @@ use std::time::Duration;
 
 use rustix::fs::FallocateFlags;
 use serde::Serialize;
+use serde_json::Value;
+use tempfile::TempDir;
 
 use super::api::Api;
+use super::config::Disk;
 use crate::hypervisor::{HypervisorError, Vm};
 
-const PAUSE_MAX: Duration = Duration::from_secs(20);
+pub(super) const PAUSE_MAX: Duration = Duration::from_secs(20);
 /// Writing all of a guest's memory, on a busy disk.
 const SNAPSHOT_MAX: Duration = Duration::from_secs(100);
+/// The file of its configuration.
+const CONFIG: &str = "config.json";
 /// The file of the guest's memory.
 const MEMORY: &str = "memory-ranges";
 /// What is looked at at once for being zero.
@@ -45,12 +50,9 @@ impl Source {
 
 /// Halts the guest and writes it to a new folder. The VM is of no further use.
 pub(super) async fn save(vm: &Vm, to: &Path) -> io::Result<()> {
-    DirBuilder::new().mode(0o700).create(to)?;
     let api = Api(vm.dir());
     api.order::<()>("vm.pause", None, PAUSE_MAX).await.map_err(io::Error::other)?;
-    let destination = Destination { destination_url: url(to).map_err(io::Error::other)? };
-    let saved = api.order("vm.snapshot", Some(&destination), SNAPSHOT_MAX).await;
-    saved.map_err(io::Error::other)?;
+    write(vm, to).await?;
     let to = to.to_owned();
     let settled = tokio::task::spawn_blocking(move || {
         dig_holes(&to.join(MEMORY))?;
@@ -60,6 +62,48 @@ pub(super) async fn save(vm: &Vm, to: &Path) -> io::Result<()> {
         File::open(&to)?.sync_all()
     });
     settled.await?
+}
+
+/// Writes a halted guest to a new folder.
+pub(super) async fn write(vm: &Vm, to: &Path) -> io::Result<()> {
+    DirBuilder::new().mode(0o700).create(to)?;
+    let destination = Destination { destination_url: url(to).map_err(io::Error::other)? };
+    let saved = Api(vm.dir()).order("vm.snapshot", Some(&destination), SNAPSHOT_MAX).await;
+    saved.map_err(io::Error::other)
+}
+
+/// Makes the folder that a copy is restored from: what was saved, with the copy's own disks. It is
+/// needed only until the VM runs.
+pub(super) fn of_copy(saved: &Path, dir: &Path, disks: &[Disk]) -> io::Result<TempDir> {
+    let own = tempfile::Builder::new().prefix(".new-").tempdir_in(dir)?;
+    for entry in fs::read_dir(saved)? {
+        let name = entry?.file_name();
+        if name != CONFIG && fs::hard_link(saved.join(&name), own.path().join(&name)).is_err() {
+            fs::copy(saved.join(&name), own.path().join(&name))?;
+        }
+    }
+    let mut config: Value = serde_json::from_slice(&fs::read(saved.join(CONFIG))?)?;
+    with_disks(&mut config, disks)?;
+    fs::write(own.path().join(CONFIG), config.to_string())?;
+    Ok(own)
+}
+
+/// Gives a saved configuration other files for its disks; it must have these and no others.
+fn with_disks(config: &mut Value, disks: &[Disk]) -> io::Result<()> {
+    let wrong = |what: String| Err(io::Error::other(format!("its configuration {what}")));
+    let Some(saved) = config["disks"].as_array_mut() else {
+        return wrong("has no disks".into());
+    };
+    if saved.len() != disks.len() {
+        return wrong(format!("has {} disks, not {}", saved.len(), disks.len()));
+    }
+    for disk in disks {
+        let Some(one) = saved.iter_mut().find(|one| one["id"] == disk.id()) else {
+            return wrong(format!("has no disk `{}`", disk.id()));
+        };
+        one["path"] = disk.path().into();
+    }
+    Ok(())
 }
 
 fn url(folder: &Path) -> Result<String, HypervisorError> {
@@ -104,6 +148,24 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+
+    #[test]
+    fn a_copy_has_disks_of_its_own_and_no_others() {
+        let saved = || {
+            serde_json::json!({"disks": [
+                {"id": "modules", "path": "/m"}, {"id": "upper", "path": "/theirs", "readonly": false}
+            ], "memory": 7})
+        };
+        let disks = [Disk::new("upper", "/ours"), Disk::new("modules", "/m")];
+        let mut config = saved();
+        with_disks(&mut config, &disks).unwrap();
+        assert_eq!(config["disks"][1]["path"], "/ours");
+        assert_eq!((&config["disks"][0]["path"], &config["memory"]), (&"/m".into(), &7.into()));
+        for wrong in [&disks[..1], &[Disk::new("upper", "/o"), Disk::new("layer0", "/m")]] {
+            assert!(with_disks(&mut saved(), wrong).is_err());
+        }
+        assert!(with_disks(&mut serde_json::json!({}), &disks).is_err());
+    }
 
     #[test]
     fn zeros_take_no_room_and_all_else_stays() {

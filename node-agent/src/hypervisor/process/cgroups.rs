@@ -22,6 +22,8 @@ const PERIOD_US: u64 = 100_000;
 /// How long killed processes may take to leave a cgroup.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 const LOOK: Duration = Duration::from_millis(5);
+/// How long processes may take to halt: one that waits for a disk does not before that has answered.
+const FREEZE_MAX: Duration = Duration::from_secs(20);
 
 /// What a sandbox may use.
 #[derive(Debug, Clone, Copy)]
@@ -41,6 +43,10 @@ trait Hierarchy: fmt::Debug + Send + Sync {
     fn limits(&self) -> Vec<&str>;
     /// Whether a sandbox can limit its own commands here.
     fn is_the_sandboxs(&self) -> bool;
+    /// Whether its processes can be halted here.
+    fn freezes(&self) -> bool {
+        false
+    }
 }
 
 /// Version 2.
@@ -165,6 +171,27 @@ impl Cgroup {
         self.tree.iter().try_for_each(enter)
     }
 
+    /// Halts all of its processes, or lets them go on; blocks until they are.
+    pub(in super::super) fn freeze(&self, frozen: bool) -> io::Result<()> {
+        let hierarchy = self.tree.iter().find(|hierarchy| hierarchy.freezes());
+        let path = hierarchy.map(|hierarchy| hierarchy.path(&self.name));
+        let path = path.ok_or_else(|| io::Error::other("no cgroup here can be frozen"))?;
+        let wanted = i32::from(frozen).to_string();
+        fs::write(path.join("cgroup.freeze"), &wanted)?;
+        let until = Instant::now() + FREEZE_MAX;
+        let state = format!("frozen {wanted}");
+        while !fs::read_to_string(path.join("cgroup.events"))?.lines().any(|line| line == state) {
+            if Instant::now() >= until {
+                let _ = fs::write(path.join("cgroup.freeze"), "0");
+                let bound = FREEZE_MAX.as_secs();
+                let what = format!("a process of it did not halt within {bound} s");
+                return Err(io::Error::other(what));
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+
     /// Kills what is left in it and removes it. That there is nothing is fine.
     pub(in super::super) fn remove(&self) -> io::Result<()> {
         let until = Instant::now() + LEAVE_MAX;
@@ -221,6 +248,10 @@ impl Hierarchy for Unified {
     }
 
     fn is_the_sandboxs(&self) -> bool {
+        true
+    }
+
+    fn freezes(&self) -> bool {
         true
     }
 }

@@ -312,6 +312,31 @@ pub mod control_plane_client {
                 .insert(GrpcMethod::new("towline.v1.ControlPlane", "SetDesired"));
             self.inner.unary(req, path, codec).await
         }
+        /// Makes copies of a running sandbox, of its memory and its disk, on its node. All or none.
+        pub async fn fork_sandbox(
+            &mut self,
+            request: impl tonic::IntoRequest<::towline_proto::v1::ForkSandboxRequest>,
+        ) -> std::result::Result<
+            tonic::Response<::towline_proto::v1::ForkSandboxResponse>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/towline.v1.ControlPlane/ForkSandbox",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("towline.v1.ControlPlane", "ForkSandbox"));
+            self.inner.unary(req, path, codec).await
+        }
         /// When a sandbox is stopped by itself.
         pub async fn set_expiry(
             &mut self,
@@ -570,6 +595,14 @@ pub mod control_plane_server {
             request: tonic::Request<::towline_proto::v1::SetDesiredRequest>,
         ) -> std::result::Result<
             tonic::Response<::towline_proto::v1::Sandbox>,
+            tonic::Status,
+        >;
+        /// Makes copies of a running sandbox, of its memory and its disk, on its node. All or none.
+        async fn fork_sandbox(
+            &self,
+            request: tonic::Request<::towline_proto::v1::ForkSandboxRequest>,
+        ) -> std::result::Result<
+            tonic::Response<::towline_proto::v1::ForkSandboxResponse>,
             tonic::Status,
         >;
         /// When a sandbox is stopped by itself.
@@ -1114,6 +1147,54 @@ pub mod control_plane_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SetDesiredSvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/towline.v1.ControlPlane/ForkSandbox" => {
+                    #[allow(non_camel_case_types)]
+                    struct ForkSandboxSvc<T: ControlPlane>(pub Arc<T>);
+                    impl<
+                        T: ControlPlane,
+                    > tonic::server::UnaryService<
+                        ::towline_proto::v1::ForkSandboxRequest,
+                    > for ForkSandboxSvc<T> {
+                        type Response = ::towline_proto::v1::ForkSandboxResponse;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                ::towline_proto::v1::ForkSandboxRequest,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlPlane>::fork_sandbox(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ForkSandboxSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
