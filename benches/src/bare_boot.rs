@@ -1,4 +1,4 @@
-//! The peer of a cold start: QEMU with the same kernel and initramfs, from spawn to the guest
+//! The peer of a cold start: the VMM that a node would use, with the same kernel and initramfs, from spawn to the guest
 //! agent's hello, with nothing else of Towline running.
 
 use std::path::{Path, PathBuf};
@@ -6,6 +6,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use towline_node_agent::guest_link::GuestLink;
+use towline_node_agent::hypervisor::cloud_hypervisor::{
+    self, CloudHypervisor, CloudHypervisorConfig,
+};
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
 use towline_node_agent::hypervisor::{Hypervisor, VmSpec};
 use towline_node_agent::{initramfs, kernel};
@@ -33,8 +36,16 @@ async fn boot(
 ) -> anyhow::Result<Duration> {
     let kernel = kernel::ensure(&cache_dir, &|_| {})?;
     let initramfs = initramfs::ensure(&cache_dir, &kernel, guest_agent)?;
-    let config = QemuConfig { cache_dir, kernel, initramfs, accel: AccelChoice::Auto };
-    let qemu = Qemu::new(config).await?;
+    let driver: Box<dyn Hypervisor> = match cloud_hypervisor::find_program() {
+        Some(program) => {
+            let config = CloudHypervisorConfig { cache_dir, program, kernel, initramfs };
+            Box::new(CloudHypervisor::new(config).await?)
+        }
+        None => {
+            let config = QemuConfig { cache_dir, kernel, initramfs, accel: AccelChoice::Auto };
+            Box::new(Qemu::new(config).await?)
+        }
+    };
     let folder = tempfile::tempdir()?;
     let spec = VmSpec {
         cpus,
@@ -46,7 +57,7 @@ async fn boot(
         console: false,
     };
     let start = Instant::now();
-    let vm = qemu.boot(&spec).await?;
+    let vm = driver.boot(&spec).await?;
     let link = GuestLink::connect(&vm, [7; 32], BOUND).await;
     let took = start.elapsed();
     vm.kill().context("ending the guest")?;

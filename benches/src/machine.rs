@@ -1,7 +1,7 @@
 //! Names the machine that the figures are from.
 
 /// One line: CPUs, memory, kernels.
-pub(crate) fn describe() -> String {
+pub(crate) fn describe(vmm: &str) -> String {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     let field = |text: &str, key: &str| {
         let line = text.lines().find(|line| line.starts_with(key)).unwrap_or_default();
@@ -15,8 +15,8 @@ pub(crate) fn describe() -> String {
         .unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
     format!(
-        "Machine: {cores} cores ({cpu}), {} GiB, Linux {}; microVMs by QEMU with emulation (TCG) \
-         unless the first row says otherwise; release build; medians.",
+        "Machine: {cores} cores ({cpu}), {} GiB, Linux {}; microVMs by {vmm}; release \
+         build; medians.",
         memory_kib >> 20,
         read("/proc/sys/kernel/osrelease").trim()
     )
