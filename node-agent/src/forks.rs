@@ -25,6 +25,7 @@ use crate::guest_configure::unix_ns;
 use crate::guests::Guest;
 use crate::hypervisor::Hypervisor;
 use crate::images::lasting;
+use crate::seal::{Key, Seal};
 use crate::store::{SandboxDir, Store, UPPER};
 
 /// What is kept of a moment besides memory and disk.
@@ -36,8 +37,20 @@ struct Kept {
     /// What must be found again to restore it.
     #[prost(string, tag = "2")]
     fits: String,
+    /// Memory and disk as they were saved, with the rest of this and the fork's id.
+    #[prost(message, optional, tag = "3")]
+    seal: Option<Seal>,
 }
 
+impl Kept {
+    fn sealed_with(&self, fork: ForkId) -> Vec<u8> {
+        let rest = Self { seal: None, ..self.clone() };
+        [&fork.to_vec()[..], &rest.encode_to_vec()].concat()
+    }
+}
+
+/// Authenticates them.
+const KEY: &str = "key";
 const KEPT: &str = "moment";
 const SAVED: &str = "saved";
 const MANIFEST: &str = "local.manifest";
@@ -133,6 +146,11 @@ impl Forks {
         let kept = fs::read(dir.join(KEPT)).ok().and_then(|bytes| Kept::decode(&*bytes).ok());
         let gone = || lasting("what it is a copy of is not kept here any more".into());
         let kept = kept.ok_or_else(gone)?;
+        let sealed = self.check(fork, &dir, &kept);
+        sealed.map_err(|problem| {
+            let reason = format!("what it is a copy of cannot be used: {problem}; fork again");
+            lasting(reason)
+        })?;
         if driver.fits() != Some(&kept.fits) {
             let reason = "what it is a copy of was saved under another VMM, kernel or processor, or \
                           before this host was restarted: remove it and fork again";
@@ -140,6 +158,21 @@ impl Forks {
         }
         let secret = kept.secret.try_into().map_err(|_| gone())?;
         Ok(Moment { dir, secret })
+    }
+
+    fn key(&self) -> io::Result<Key> {
+        Key::open(&self.dir.join(KEY))
+    }
+
+    /// Notes the rest beside what was saved, which counts with that only.
+    fn seal(&self, fork: ForkId, dir: &Path, mut kept: Kept) -> io::Result<()> {
+        kept.seal = Some(self.key()?.seal(dir, &[SAVED, UPPER], &kept.sealed_with(fork))?);
+        fs::write(dir.join(KEPT), kept.encode_to_vec())
+    }
+
+    fn check(&self, fork: ForkId, dir: &Path, kept: &Kept) -> io::Result<()> {
+        let seal = kept.seal.as_ref().ok_or_else(|| io::Error::other("it has no seal"))?;
+        self.key()?.check(seal, dir, &[SAVED, UPPER], &kept.sealed_with(fork))
     }
 
     /// Removes all but these. Blocks.
@@ -175,7 +208,8 @@ impl Forks {
             .permissions(fs::Permissions::from_mode(0o700))
             .tempdir_in(&self.dir)
             .map_err(|error| not_saved(&error))?;
-        source.save(fork.id, work.path()).await?;
+        let kept = source.save(fork.id, work.path()).await?;
+        self.seal(fork.id, work.path(), kept).map_err(|error| not_saved(&error))?;
         fs::rename(work.path(), self.path(fork.id)).map_err(|error| not_saved(&error))?;
         // It has another name by now.
         drop(work);
@@ -209,7 +243,7 @@ impl Source {
     }
 
     /// Saves it as it is, and lets it go on whatever happened.
-    async fn save(&self, fork: ForkId, to: &Path) -> Result<(), Failure> {
+    async fn save(&self, fork: ForkId, to: &Path) -> Result<Kept, Failure> {
         let state = self.dir.state();
         let secret = state.map(|state| state.resync_marker).unwrap_or_default();
         let fits = self.driver.fits();
@@ -218,7 +252,7 @@ impl Source {
         let _orders = self.guest.orders.lock().await;
         let frozen = self.guest.freeze(fork).await;
         let saved = match frozen {
-            Ok(()) => self.save_frozen(to, Kept { secret, fits }).await,
+            Ok(()) => self.save_frozen(to).await.map(|()| Kept { secret, fits, seal: None }),
             Err(reason) => Err(lasting(format!("its workload could not be frozen: {reason}"))),
         };
         let resumed = timeout(RESUME_MAX, self.guest.vm.resume()).await;
@@ -236,7 +270,7 @@ impl Source {
         saved
     }
 
-    async fn save_frozen(&self, to: &Path, kept: Kept) -> Result<(), Failure> {
+    async fn save_frozen(&self, to: &Path) -> Result<(), Failure> {
         let bounded = |what: &str| {
             let problem = format!("{what} took too long");
             move |_| not_saved(&io::Error::other(problem))
@@ -255,7 +289,7 @@ impl Source {
             if manifest.exists() {
                 link_or_copy(&manifest, &to.join(MANIFEST)).map_err(|error| not_saved(&error))?;
             }
-            fs::write(to.join(KEPT), kept.encode_to_vec()).map_err(|error| not_saved(&error))
+            Ok(())
         });
         copied.await.unwrap_or_else(|error| Err(lasting(format!("saving it broke: {error}"))))
     }
@@ -302,5 +336,37 @@ mod tests {
         assert!(forks.dir.join(".new-abc").exists(), "one that is being made");
         forks.keep(BTreeSet::new());
         assert!(!left(2));
+    }
+
+    #[test]
+    fn a_moment_is_good_for_its_own_fork_and_as_it_was_saved_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let forks = Forks::new(dir.path());
+        let saved = |n: u8| {
+            let dir = forks.path(id(n));
+            fs::create_dir_all(&dir).unwrap();
+            for name in [SAVED, UPPER] {
+                fs::write(dir.join(name), format!("{name} of {n}")).unwrap();
+            }
+            let kept = Kept { secret: vec![n; 32], fits: "this".into(), seal: None };
+            forks.seal(id(n), &dir, kept).unwrap();
+            let kept = Kept::decode(&*fs::read(dir.join(KEPT)).unwrap()).unwrap();
+            (dir, kept)
+        };
+        let ((one, kept), (other, others)) = (saved(1), saved(2));
+        forks.check(id(1), &one, &kept).unwrap();
+        forks.check(id(2), &one, &kept).unwrap_err();
+        forks.check(id(1), &other, &others).unwrap_err();
+        for changed in [
+            Kept { secret: vec![7; 32], ..kept.clone() },
+            Kept { fits: "that".into(), ..kept.clone() },
+            Kept { seal: others.seal, ..kept.clone() },
+            Kept { seal: None, ..kept.clone() },
+        ] {
+            forks.check(id(1), &one, &changed).unwrap_err();
+        }
+        fs::copy(other.join(SAVED), one.join(SAVED)).unwrap();
+        let error = forks.check(id(1), &one, &kept).unwrap_err();
+        assert_eq!(error.to_string(), "`saved` was changed since");
     }
 }

@@ -14,6 +14,7 @@ pub mod capacity;
 pub mod cleaning;
 pub mod config;
 pub mod disks;
+pub mod doctor;
 pub mod driver;
 pub mod egress;
 pub mod feed;
@@ -32,6 +33,7 @@ mod local_image;
 pub mod machine;
 pub mod membership;
 pub mod memory;
+pub mod seal;
 pub mod store;
 mod streams;
 mod templates;
@@ -99,8 +101,9 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
     let store = Arc::new(Store::open(&config.data_dir)?);
     let wanted = config.clone();
     let qemu = tokio::task::spawn_blocking(move || prepare(&wanted)).await??;
+    let running = running_vmm(&store);
     let mut drivers =
-        vec![vm_driver(&config, &store, qemu).await.context("looking for a hypervisor")?];
+        vec![vm_driver(&config, running, qemu).await.context("looking for a hypervisor")?];
     if config.isolation_process {
         let process = Process::new(&config.guest_agent);
         drivers.push(Arc::new(process.context("`isolation_process = true` is configured")?));
@@ -120,14 +123,18 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
     run(config, store, Hypervisors::new(drivers), outside, Path::new("/"), stop).await
 }
 
+/// What VMs of an earlier node agent run under, if there are some.
+fn running_vmm(store: &Store) -> Option<Vmm> {
+    let sandboxes = store.sandboxes().unwrap_or_default();
+    sandboxes.into_iter().find_map(|id| Vm::vmm_in(&store.sandbox(id).vm()))
+}
+
 /// The driver for VMs, as configured. Where VMs of an earlier node agent run, it is theirs.
 async fn vm_driver(
     config: &Config,
-    store: &Store,
+    running: Option<Vmm>,
     qemu: QemuConfig,
 ) -> Result<Arc<dyn Hypervisor>, HypervisorError> {
-    let sandboxes = store.sandboxes().unwrap_or_default();
-    let running = sandboxes.into_iter().find_map(|id| Vm::vmm_in(&store.sandbox(id).vm()));
     let choice = match (config.vmm, running) {
         (choice, None)
         | (choice @ VmmChoice::Qemu, Some(Vmm::Qemu))

@@ -1,4 +1,4 @@
-//! `towline-node-agent --config F [prepare]`: arguments, signals, exit code. All else is in the
+//! `towline-node-agent --config F [prepare | doctor]`: arguments, signals, exit code. All else is in the
 //! library.
 
 use std::path::PathBuf;
@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use tokio::signal::unix::{SignalKind, signal};
 use towline_link::telemetry;
 use towline_node_agent::config::{Config, default_cache};
+use towline_node_agent::doctor::{self, Check, Grade};
 use towline_node_agent::{kernel, memory, prepare, start};
 
 /// Runs sandboxes as microVMs on this machine.
@@ -26,6 +27,12 @@ struct Arguments {
 enum Verb {
     /// Fetch the guest kernel ahead and, with a configuration, make the initramfs; then exit
     Prepare,
+    /// Say what this machine lacks to be a node, and what to do; exit code 1 when something is missing
+    Doctor {
+        /// Print an object per check
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 fn main() -> ExitCode {
@@ -42,7 +49,7 @@ fn main() -> ExitCode {
             result
         });
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             report(&error);
             ExitCode::FAILURE
@@ -55,7 +62,7 @@ fn report(error: &anyhow::Error) {
     eprintln!("error: {error:#}");
 }
 
-async fn run(arguments: Arguments) -> anyhow::Result<()> {
+async fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     let telemetry = telemetry::init("towline-node-agent");
     let config = arguments.config.map(|path| Config::load(&path)).transpose()?;
     let result = match arguments.verb {
@@ -65,6 +72,12 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
                 None => prepare_kernel(),
             })
             .await?
+        }
+        Some(Verb::Doctor { json }) => {
+            let checks = doctor::check(config.as_ref()).await;
+            show(&checks, json);
+            let missing = checks.iter().any(|check| check.grade == Grade::Missing);
+            return Ok(if missing { ExitCode::FAILURE } else { ExitCode::SUCCESS });
         }
         None => {
             let config = config.context("--config FILE is missing")?;
@@ -81,7 +94,17 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         }
     };
     tokio::task::spawn_blocking(move || telemetry.shutdown()).await?;
-    result
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+#[expect(clippy::print_stdout, reason = "what was asked for")]
+fn show(checks: &[Check], json: bool) {
+    for check in checks {
+        match json {
+            true => println!("{}", check.object()),
+            false => println!("{}", check.text()),
+        }
+    }
 }
 
 /// Fetches the guest kernel into the user's own cache.

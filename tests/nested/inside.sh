@@ -11,10 +11,16 @@ export TOWLINE_CLOUD_HYPERVISOR=/opt/nested/cloud-hypervisor
 export TOWLINE_GUEST_AGENT=/opt/nested/towline-guest-agent-static
 uname -r
 ./cloud-hypervisor --version
-./conformance --test-threads=1 --nocapture cloud_hypervisor
-# A whole `tow run`: this cluster finds its VMM on the PATH.
+# A cluster finds its VMM on the PATH.
 mkdir -p bin && ln -sf ../cloud-hypervisor bin/cloud-hypervisor
-PATH="/opt/nested/bin:$PATH" TOWLINE_BIN_DIR=/opt/nested \
+export PATH="/opt/nested/bin:$PATH"
+if [ "$1" = bench ]; then
+  exec ./towline-benches --bin-dir /opt/nested --nested --write false \
+    --cold-runs 5 --warm-runs 5 --fork-runs 3
+fi
+./conformance --test-threads=1 --nocapture cloud_hypervisor
+# A whole `tow run`.
+TOWLINE_BIN_DIR=/opt/nested \
   ./isolation --exact --nocapture a_vm_is_what_a_sandbox_is | tee isolation.log
 grep -q '^driver: cloud-hypervisor' isolation.log
 grep -q '^test result: ok' isolation.log

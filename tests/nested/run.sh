@@ -3,9 +3,12 @@
 # Towline's own, whose emulated processor can virtualise (AMD SVM), KVM works, and Cloud Hypervisor
 # boots real guests in it. Brings no Cloud Hypervisor along:
 #
-#   TOWLINE_CLOUD_HYPERVISOR=/path/to/cloud-hypervisor tests/nested/run.sh BIN_DIR
+#   TOWLINE_CLOUD_HYPERVISOR=/path/to/cloud-hypervisor tests/nested/run.sh BIN_DIR [bench]
+#
+# With `bench` it measures instead; BIN_DIR holds release binaries then.
 set -eu
 bin=$(cd "$1" && pwd)
+what="${2:-test}"
 vmm="${TOWLINE_CLOUD_HYPERVISOR:-}"
 if [ -z "$vmm" ]; then
   echo "SKIPPED: no Cloud Hypervisor binary (TOWLINE_CLOUD_HYPERVISOR names none)"
@@ -15,15 +18,25 @@ fi
 here=$(cd "$(dirname "$0")" && pwd)
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/towline"
 
-echo "== building the tests" >&2
+echo "== building what runs in there" >&2
 cd "$here/../.."
 built() {
   found=$(cargo test --workspace --no-run --test "$1" 2>&1 | sed -n "s/.*(\(.*$1-[0-9a-f]*\)).*/\1/p")
   [ -n "$found" ] || { echo "error: the test $1 was not built" >&2; exit 1; }
   case "$found" in /*) echo "$found" ;; *) echo "$PWD/$found" ;; esac
 }
-conformance=$(built conformance)
-isolation=$(built isolation)
+case "$what" in
+  test)
+    conformance=$(built conformance)
+    isolation=$(built isolation)
+    set -- "$conformance" "$isolation"
+    ;;
+  bench)
+    cargo build --quiet --release -p towline-benches
+    set -- "$bin/towline-benches"
+    ;;
+  *) echo "error: $what is neither test nor bench" >&2; exit 1 ;;
+esac
 
 work=$(mktemp -d)
 for name in run data config state project; do mkdir "$work/$name"; done
@@ -40,8 +53,11 @@ trap finish EXIT
 echo "== starting a machine to nest in" >&2
 "$tow" create --quiet --no-sync --name nested --image local --cpus 2 --memory 6GiB --disk 10GiB
 mkdir "$work/bring" "$work/bring/cache"
-strip -o "$work/bring/conformance" "$conformance"
-strip -o "$work/bring/isolation" "$isolation"
+for program; do
+  name=$(basename "$program")
+  # Tests are called NAME-HASH.
+  strip -o "$work/bring/${name%-????????????????}" "$program"
+done
 for name in tow towline-control-plane towline-node-agent; do
   strip -o "$work/bring/$name" "$bin/$name"
 done
@@ -50,4 +66,4 @@ cp "$bin/towline-guest-agent-static" "$here/inside.sh" "$work/bring/"
 # The guest kernel of here is that of the guests in there, too.
 cp -a "$cache/kernels" "$work/bring/cache/"
 "$tow" cp "$work/bring" nested:/opt/nested
-"$tow" exec --no-sync -u root nested -- sh /opt/nested/inside.sh
+"$tow" exec --no-sync -u root nested -- sh /opt/nested/inside.sh "$what"

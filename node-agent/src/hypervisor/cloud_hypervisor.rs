@@ -27,6 +27,7 @@ use super::{
 };
 use crate::kernel::Kernel;
 use api::{API_SOCKET, Api};
+pub(crate) use snapshot::has_userfaultfd;
 
 /// Names the program when the configuration does not, and it is not on the PATH.
 pub const PROGRAM_VARIABLE: &str = "TOWLINE_CLOUD_HYPERVISOR";
@@ -35,7 +36,7 @@ const PROGRAM: &str = "cloud-hypervisor";
 const VERSION_MIN: u32 = 53;
 /// The last one that was tried.
 const VERSION_TRIED: u32 = 53;
-const INSTALL: &str = "install Cloud Hypervisor (the static binary of a release), or name it in \
+pub(crate) const INSTALL: &str = "install Cloud Hypervisor (the static binary of a release), or name it in \
                        `cloud_hypervisor`";
 /// What it may map besides the guest's memory: each disk and CPU has a thread with 8 MiB of stack.
 const OVERHEAD_MIB: u64 = 1024;
@@ -79,6 +80,8 @@ pub struct CloudHypervisor {
 enum Start<'a> {
     /// With the kernel.
     Boot,
+    /// With the kernel, to see whether it does.
+    Probe,
     /// With the kernel, to be saved later: in the background.
     ToBeSaved,
     /// With what was saved in this folder.
@@ -161,7 +164,7 @@ impl CloudHypervisor {
             kernel: &driver.kernel,
             initramfs: &driver.initramfs,
         };
-        let boot = async |spec: &VmSpec| driver.start(spec, Start::Boot).await;
+        let boot = async |spec: &VmSpec| driver.start(spec, Start::Probe).await;
         probe::verdict(subject, boot).await.map_err(HypervisorError::NoKvm)?;
         if driver.capabilities.snapshot {
             let fits = Fits {
@@ -204,8 +207,10 @@ impl CloudHypervisor {
         // Any may be saved.
         limits.file_bytes = limits.file_bytes.max(spec.memory_mib << 20);
         confine::apply(&mut command, rules, limits);
-        if let Start::ToBeSaved = start {
-            confine::in_background(&mut command);
+        match start {
+            Start::Boot | Start::Restore(_) | Start::Copy(_) => {}
+            Start::Probe => confine::end_with_starter(&mut command),
+            Start::ToBeSaved => confine::in_background(&mut command),
         }
         let child = command.spawn().map_err(|source| HypervisorError::Spawn {
             program: self.program.display().to_string(),
@@ -228,7 +233,7 @@ impl CloudHypervisor {
         allowed.read.extend(self.kernel.modules_disk.iter().chain(&spec.layers).cloned());
         allowed.write.extend(spec.upper.iter().cloned());
         match start {
-            Start::Boot => {}
+            Start::Boot | Start::Probe => {}
             // The folder beside its own, where the snapshot goes.
             Start::ToBeSaved => allowed.own.extend(spec.dir.parent().map(PathBuf::from)),
             Start::Restore(saved) | Start::Copy(saved) => {
@@ -267,7 +272,7 @@ impl CloudHypervisor {
         let said = api.ping().await?;
         tracing::debug!(version = said.version, build = said.build_version, "vmm answers");
         match start {
-            Start::Boot | Start::ToBeSaved => {
+            Start::Boot | Start::Probe | Start::ToBeSaved => {
                 let config = config::of(self, spec)?;
                 api.order("vm.create", Some(&config), CREATE_MAX).await?;
                 return api.order::<()>("vm.boot", None, BOOT_MAX).await;
@@ -380,6 +385,11 @@ impl Saves for CloudHypervisor {
     ) -> BoxFuture<'a, Result<Vm, HypervisorError>> {
         Box::pin(Self::start(self, spec, Start::Restore(saved)))
     }
+}
+
+/// What the program says of its version; an error if it is not one that would be used.
+pub(crate) fn version_of(program: &Path) -> Result<String, HypervisorError> {
+    version(program).map(|(version, _)| version)
 }
 
 /// What the program says of its version, and the first number of it.

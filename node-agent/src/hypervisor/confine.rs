@@ -62,11 +62,16 @@ impl Limits {
 
 /// Whether this kernel has landlock.
 pub fn is_available() -> bool {
-    Ruleset::default()
-        .set_compatibility(CompatLevel::HardRequirement)
-        .handle_access(AccessFs::from_all(ABI::V1))
-        .and_then(Ruleset::create)
-        .is_ok()
+    abi().is_some()
+}
+
+/// The version of landlock's interface that this kernel has.
+pub fn abi() -> Option<u32> {
+    const VERSION: u32 = 1;
+    let none = std::ptr::null::<libc::c_void>();
+    // SAFETY: asked for its version, the system call reads nothing.
+    let abi = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0_usize, VERSION) };
+    u32::try_from(abi).ok().filter(|&abi| abi > 0)
 }
 
 /// Prepares the rules; what does not exist is left out, as it could not be touched anyway.
@@ -132,8 +137,8 @@ pub fn inherit(command: &mut Command, fd: OwnedFd) {
 pub fn in_background(command: &mut Command) {
     /// Linux' `IOPRIO_CLASS_IDLE`, for this process.
     const IDLE_IO: libc::c_int = 3 << 13;
+    end_with_starter(command);
     let background = || {
-        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
         rustix::process::nice(19)?;
         // SAFETY: plain numbers. Where it is not possible, the process is a little less polite.
         unsafe { libc::syscall(libc::SYS_ioprio_set, 1, 0, IDLE_IO) };
@@ -142,6 +147,18 @@ pub fn in_background(command: &mut Command) {
     // SAFETY: after fork the closure makes system calls only.
     unsafe {
         command.pre_exec(background);
+    }
+}
+
+/// Ends the command's process with the thread that starts it: nobody looks for it later.
+pub fn end_with_starter(command: &mut Command) {
+    let bind = || {
+        let signal = rustix::process::Signal::KILL;
+        Ok(rustix::process::set_parent_process_death_signal(Some(signal))?)
+    };
+    // SAFETY: after fork the closure makes one system call.
+    unsafe {
+        command.pre_exec(bind);
     }
 }
 
@@ -217,5 +234,16 @@ mod tests {
         let write_much = format!("head -c 5000 /bin/sh > {own}/big");
         assert!(run(&allowed, &write_much, limits));
         assert!(!run(&allowed, &write_much, Limits { file_bytes: 1000, ..limits }));
+    }
+
+    #[test]
+    fn what_is_bound_to_its_starter_ends_with_it() {
+        let starter = std::thread::spawn(|| {
+            let mut command = Command::new("sleep");
+            end_with_starter(command.arg("1000"));
+            command.spawn().unwrap()
+        });
+        let status = starter.join().unwrap().wait().unwrap();
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(9), "{status}");
     }
 }

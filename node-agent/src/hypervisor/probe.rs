@@ -42,7 +42,7 @@ pub(super) struct Subject<'a> {
     pub(super) initramfs: &'a Path,
 }
 
-/// Says why KVM is not to be used, if it is not. `boot` starts a VM under it.
+/// Says why KVM is not to be used, if it is not. `boot` starts a VM under it that ends with this process.
 pub(super) async fn verdict(
     subject: Subject<'_>,
     boot: impl AsyncFnOnce(&VmSpec) -> Result<Vm, HypervisorError>,
@@ -59,7 +59,7 @@ pub(super) async fn verdict(
     if let Some(known) = read(&path).into_iter().find(|known| same(known, &new)) {
         return known.refused.map_or(Ok(()), Err);
     }
-    let result = probe(boot).await;
+    let result = probe(subject.cache_dir, boot).await;
     new.refused = result.as_ref().err().cloned();
     // A verdict that cannot be kept is reached again next time.
     let _ = remember(&path, new);
@@ -82,10 +82,13 @@ fn opens() -> Result<(), String> {
 }
 
 async fn probe(
+    cache_dir: &Path,
     boot: impl AsyncFnOnce(&VmSpec) -> Result<Vm, HypervisorError>,
 ) -> Result<(), String> {
     let failed = |what: String| format!("KVM could not be tried: {what}");
-    let dir = tempfile::tempdir().map_err(|error| failed(error.to_string()))?;
+    // Where what a killed process has left is removed.
+    let dir = fs::create_dir_all(cache_dir).and_then(|()| tempfile::tempdir_in(cache_dir));
+    let dir = dir.map_err(|error| failed(error.to_string()))?;
     let spec = VmSpec {
         cpus: 1,
         memory_mib: PROBE_MEMORY_MIB,

@@ -28,7 +28,7 @@ use super::{
 use crate::kernel::Kernel;
 
 const PROGRAM: &str = "qemu-system-x86_64";
-const INSTALL: &str = "install it (Debian: qemu-system-x86)";
+pub(crate) const INSTALL: &str = "install it (Debian: qemu-system-x86)";
 
 /// What QEMU itself may map besides the guest's memory and translated code. Much of it is never
 /// touched: under load it has 64 threads for disks with 8 MiB of stack each, and 1 MiB for each
@@ -76,6 +76,8 @@ pub struct Qemu {
 enum Start {
     /// With the kernel.
     Boot,
+    /// With the kernel, to see whether it does.
+    Probe,
     /// With the kernel, to be saved later: in the background.
     ToBeSaved,
     /// With what was saved.
@@ -151,7 +153,7 @@ impl Qemu {
             kernel: &self.kernel,
             initramfs: &self.initramfs,
         };
-        let boot = async |spec: &VmSpec| self.spawn(spec, Accel::Kvm, Start::Boot);
+        let boot = async |spec: &VmSpec| self.spawn(spec, Accel::Kvm, Start::Probe);
         probe::verdict(subject, boot).await
     }
 
@@ -186,13 +188,14 @@ impl Qemu {
         limits.file_bytes = match start {
             Start::ToBeSaved => migrate::SIZE_MAX,
             // It may be saved, too, to make copies of it.
-            Start::Boot | Start::Restore(_) => {
+            Start::Boot | Start::Probe | Start::Restore(_) => {
                 limits.file_bytes.max((spec.memory_mib + migrate::DEVICES_MIB) << 20)
             }
         };
         confine::apply(&mut command, rules, limits);
         match start {
             Start::Boot => {}
+            Start::Probe => confine::end_with_starter(&mut command),
             Start::ToBeSaved => confine::in_background(&mut command),
             Start::Restore(saved) => confine::inherit(&mut command, saved),
         }
@@ -339,6 +342,11 @@ async fn save(vm: &Vm, to: &Path) -> io::Result<File> {
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to)?;
     migrate::migrate(vm, &file).await?;
     Ok(file)
+}
+
+/// The version of the one that would be used.
+pub(crate) fn version_here() -> Result<String, HypervisorError> {
+    version(&find_program()?)
 }
 
 fn find_program() -> Result<PathBuf, HypervisorError> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use towline_node_agent::disks;
 use towline_node_agent::guest_link::GuestLink;
 use towline_node_agent::hypervisor::Hypervisor;
+use towline_node_agent::seal::Key;
 use towline_proto::frame::FrameKind;
 use towline_proto::v1::{
     Became, Become, ExecStarted, Freeze, Frozen, GuestCommand, GuestEvent, Thaw,
@@ -205,19 +206,22 @@ async fn copy(driver: &dyn Hypervisor, dir: &Path, saved: &Path, layers: Vec<Pat
     Guest { capabilities: driver.capabilities().clone(), vm, link, next_key }
 }
 
-/// What was cut short is refused, and nothing lives of it.
+/// What was cut short breaks its seal; a VMM that sees it refuses, too, and nothing lives of it.
 async fn check_damaged(driver: &dyn Hypervisor, dir: &Path, saved: &Path, layers: Vec<PathBuf>) {
-    let largest = |path: &Path| std::fs::metadata(path).unwrap().len();
-    let file = match saved.is_dir() {
-        false => saved.to_owned(),
-        true => std::fs::read_dir(saved)
-            .unwrap()
-            .map(|entry| entry.unwrap().path())
-            .max_by_key(|path| largest(path))
-            .unwrap(),
-    };
-    let open = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
-    open.set_len(largest(&file) / 2).unwrap();
+    let key = Key::open(&dir.join("key")).unwrap();
+    let name = saved.file_name().unwrap().to_str().unwrap();
+    let seal = key.seal(saved.parent().unwrap(), &[name], b"").unwrap();
+    let mut files = vec![saved.to_owned()];
+    if saved.is_dir() {
+        let entries = std::fs::read_dir(saved).unwrap();
+        files = entries.map(|entry| entry.unwrap().path()).collect();
+    }
+    let size = |path: &PathBuf| std::fs::metadata(path).unwrap().len();
+    // What is read whole: a large memory may come as it is used.
+    let smallest = files.iter().min_by_key(|path| size(path)).unwrap();
+    let open = std::fs::OpenOptions::new().write(true).open(smallest).unwrap();
+    open.set_len(size(smallest) / 2).unwrap();
+    key.check(&seal, saved.parent().unwrap(), &[name], b"").unwrap_err();
     driver.start_copy(&spec(dir, layers), saved).await.unwrap_err();
     assert!(driver.adopt(dir).unwrap().is_none());
 }

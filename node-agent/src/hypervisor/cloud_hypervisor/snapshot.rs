@@ -5,7 +5,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
 use std::path::Path;
 use std::time::Duration;
 
@@ -76,10 +76,11 @@ pub(super) async fn write(vm: &Vm, to: &Path) -> io::Result<()> {
 /// needed only until the VM runs.
 pub(super) fn of_copy(saved: &Path, dir: &Path, disks: &[Disk]) -> io::Result<TempDir> {
     let own = tempfile::Builder::new().prefix(".new-").tempdir_in(dir)?;
-    for entry in fs::read_dir(saved)? {
+    let saved = fs::canonicalize(saved)?;
+    for entry in fs::read_dir(&saved)? {
         let name = entry?.file_name();
-        if name != CONFIG && fs::hard_link(saved.join(&name), own.path().join(&name)).is_err() {
-            fs::copy(saved.join(&name), own.path().join(&name))?;
+        if name != CONFIG {
+            symlink(saved.join(&name), own.path().join(&name))?;
         }
     }
     let mut config: Value = serde_json::from_slice(&fs::read(saved.join(CONFIG))?)?;
@@ -114,7 +115,7 @@ fn url(folder: &Path) -> Result<String, HypervisorError> {
 }
 
 /// Whether a VMM of this process may have the guest's memory come as it is used.
-pub(super) fn has_userfaultfd() -> bool {
+pub(crate) fn has_userfaultfd() -> bool {
     const SETTING: &str = "/proc/sys/vm/unprivileged_userfaultfd";
     let device = OpenOptions::new().read(true).write(true).open(super::USERFAULTFD);
     device.is_ok() || fs::read_to_string(SETTING).is_ok_and(|text| text.trim() == "1")

@@ -69,7 +69,7 @@ pub(super) fn arguments(
         args.disk(&format!("layer{number}"), layer, "readonly=on")?;
     }
     match start {
-        Start::Boot => {}
+        Start::Boot | Start::Probe => {}
         // It is saved while it is halted, and runs at once when it is restored.
         Start::ToBeSaved => args.add(&["-global", "migration.store-global-state=off"]),
         Start::Restore(saved) => args.pair("-incoming", format!("fd:{}", saved.as_raw_fd())),
