@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
+use tokio::time::timeout;
 use towline_proto::v1::Isolation;
 
 use super::confine::{self, Allowed, Limits};
@@ -23,7 +24,8 @@ use super::probe::{self, Subject};
 use super::template::{Fits, Saves, Templates};
 use super::vm::{LOG_FILE, remove_stale};
 use super::{
-    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, Vmm, vm,
+    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmExit, VmShape, VmSpec,
+    Vmm, vm,
 };
 use crate::kernel::Kernel;
 use api::{API_SOCKET, Api};
@@ -40,6 +42,8 @@ pub(crate) const INSTALL: &str = "install Cloud Hypervisor (the static binary of
                        `cloud_hypervisor`";
 /// What it may map besides the guest's memory: each disk and CPU has a thread with 8 MiB of stack.
 const OVERHEAD_MIB: u64 = 1024;
+/// How long after its socket the end of its process may be seen.
+const EXIT_SEEN_MAX: Duration = Duration::from_millis(300);
 /// Making a VM opens its disks.
 const CREATE_MAX: Duration = Duration::from_secs(30);
 /// Plugging a disk in, or letting a restored guest run.
@@ -121,6 +125,21 @@ pub fn find_program() -> Option<PathBuf> {
 impl CloudHypervisor {
     /// Looks at the program, and tries KVM: once, within a bound, per kernel, VMM and boot.
     pub async fn new(config: CloudHypervisorConfig) -> Result<Self, HypervisorError> {
+        let driver = Self::find(&config)?;
+        let subject = Subject {
+            cache_dir: &config.cache_dir,
+            driver: driver.capabilities.driver,
+            version: &driver.capabilities.version,
+            kernel: &driver.kernel,
+            initramfs: &driver.initramfs,
+        };
+        let boot = async |spec: &VmSpec| driver.start(spec, Start::Probe).await;
+        probe::verdict(subject, boot).await.map_err(HypervisorError::NoKvm)?;
+        Ok(driver)
+    }
+
+    /// Looks at the program only: whether KVM runs guests here is not known.
+    pub fn find(config: &CloudHypervisorConfig) -> Result<Self, HypervisorError> {
         let program = fs::canonicalize(&config.program).map_err(|error| {
             let program = config.program.display().to_string();
             HypervisorError::Missing { program, problem: error.to_string(), hint: INSTALL }
@@ -155,17 +174,8 @@ impl CloudHypervisor {
             process_limit: true,
             missing,
         };
-        let CloudHypervisorConfig { cache_dir, kernel, initramfs, .. } = config;
+        let CloudHypervisorConfig { cache_dir, kernel, initramfs, .. } = config.clone();
         let mut driver = Self { program, kernel, initramfs, capabilities, templates: None };
-        let subject = Subject {
-            cache_dir: &cache_dir,
-            driver: driver.capabilities.driver,
-            version: &driver.capabilities.version,
-            kernel: &driver.kernel,
-            initramfs: &driver.initramfs,
-        };
-        let boot = async |spec: &VmSpec| driver.start(spec, Start::Probe).await;
-        probe::verdict(subject, boot).await.map_err(HypervisorError::NoKvm)?;
         if driver.capabilities.snapshot {
             let fits = Fits {
                 program: &driver.program,
@@ -249,21 +259,23 @@ impl CloudHypervisor {
         let dir = fs::canonicalize(&spec.dir).map_err(HypervisorError::io("find", &spec.dir))?;
         let spec = VmSpec { dir, ..spec.absolute()? };
         let vm = self.spawn(&spec, start)?;
-        let orders = self.orders(&spec, start);
+        let ended = |exit: VmExit| {
+            let ended = io::Error::other(exit.to_string());
+            HypervisorError::io("start the VM in", &spec.dir)(ended)
+        };
         let told = tokio::select! {
             biased;
-            told = orders => told,
-            exit = vm.wait_exit() => {
-                let ended = io::Error::other(exit.to_string());
-                Err(HypervisorError::io("start the VM in", &spec.dir)(ended))
-            }
+            told = self.orders(&spec, start) => told,
+            exit = vm.wait_exit() => Err(ended(exit)),
         };
-        if let Err(error) = told {
-            let _ = vm.kill();
-            vm.wait_exit().await;
-            return Err(error);
+        let Err(error) = told else { return Ok(vm) };
+        // One that dies cuts its socket a moment before its end is seen, and its log says why.
+        if let Ok(exit) = timeout(EXIT_SEEN_MAX, vm.wait_exit()).await {
+            return Err(ended(exit));
         }
-        Ok(vm)
+        let _ = vm.kill();
+        vm.wait_exit().await;
+        Err(error)
     }
 
     /// What a VMM that was just started is told.
