@@ -5,14 +5,15 @@
 //! cannot be set back but by root.
 
 use std::fs;
-use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::io::{self, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use prost::Message;
 use ring::hmac;
-use rustix::rand::{GetRandomFlags, getrandom};
+use ring::rand::{SecureRandom, SystemRandom};
 
+const KEY_BYTES: usize = 32;
 /// How deep folders may be; a VMM's have none within.
 const DEPTH_MAX: u32 = 4;
 
@@ -47,11 +48,16 @@ impl Key {
     /// The key in this file, which is made if there is none, for its owner only.
     pub fn open(path: &Path) -> io::Result<Self> {
         let bytes = match fs::read(path) {
-            Ok(bytes) if bytes.len() == 32 => bytes,
-            Ok(_) => return Err(io::Error::other("the key for seals is damaged: remove it")),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => make(path)?,
-            Err(error) => return Err(error),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                make(path)?;
+                fs::read(path)?
+            }
+            read => read?,
         };
+        if bytes.len() != KEY_BYTES {
+            let problem = format!("the key `{}` is damaged: remove it", path.display());
+            return Err(io::Error::other(problem));
+        }
         Ok(Self(hmac::Key::new(hmac::HMAC_SHA256, &bytes)))
     }
 
@@ -76,17 +82,17 @@ impl Key {
     }
 }
 
-fn make(path: &Path) -> io::Result<Vec<u8>> {
-    let mut key = vec![0; 32];
-    let mut filled = 0;
-    while filled < key.len() {
-        filled += getrandom(&mut key[filled..], GetRandomFlags::empty())?;
+/// Makes a key, unless another process does so just now.
+fn make(path: &Path) -> io::Result<()> {
+    let mut key = [0; KEY_BYTES];
+    SystemRandom::new().fill(&mut key).map_err(|_| io::Error::other("no random numbers"))?;
+    let mut file = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+    file.write_all(&key)?;
+    file.as_file().sync_all()?;
+    match file.persist_noclobber(path) {
+        Err(other) if other.error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made.map(drop).map_err(|error| error.error),
     }
-    let mut options = fs::OpenOptions::new();
-    let mut file = options.write(true).create_new(true).mode(0o600).open(path)?;
-    io::Write::write_all(&mut file, &key)?;
-    file.sync_all()?;
-    Ok(key)
 }
 
 fn signed(files: &[FileFacts], with: &[u8]) -> Vec<u8> {

@@ -2,17 +2,19 @@
 //! boot. They know nothing of a sandbox: no disk, no network, no secret; see `guest/src/boot.rs`.
 //!
 //! A template counts for one machine (kernel, initramfs, QEMU, processor) and one boot of the host,
-//! is tried before it is kept, and can always be thrown away. What lies under its name is complete.
+//! is tried before it is kept, sealed, and can always be thrown away. What lies under its name is
+//! complete; without its seal it is none.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
+use prost::Message as _;
 use rustix::fs::{FlockOperation, flock};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -22,6 +24,7 @@ use super::processes::boot_id;
 use super::{HypervisorError, Vm, VmShape, VmSpec, Vmm};
 use crate::guest_link::GuestLink;
 use crate::kernel::{Kernel, digest};
+use crate::seal::{Key, Seal};
 
 /// Larger guests are booted: what a kernel notes about each page makes their files large too.
 const MEMORY_MAX_MIB: u64 = 16 << 10;
@@ -116,9 +119,39 @@ impl Templates {
     pub(super) fn open(&self, shape: VmShape) -> Option<(PathBuf, File)> {
         let path = self.path(shape);
         let file = File::open(&path).ok()?;
+        let seal = seal_of(&path);
+        if let Err(problem) = self.check(&path, &seal) {
+            // It may just be made.
+            if problem.kind() == io::ErrorKind::NotFound {
+                return None;
+            }
+            tracing::warn!(path = %path.display(), %problem, "template is removed");
+            remove(&path);
+            return None;
+        }
         // The last used are kept.
-        let _ = file.set_modified(SystemTime::now());
+        let _ = File::open(&seal).and_then(|file| file.set_modified(SystemTime::now()));
         Some((path, file))
+    }
+
+    /// Notes what it was when it was made.
+    fn seal(&self, path: &Path) -> io::Result<()> {
+        let name = file_name(path);
+        let seal = self.seals()?.seal(&self.dir, &[&name], name.as_bytes())?;
+        let mut file = tempfile::NamedTempFile::new_in(&self.dir)?;
+        file.write_all(&seal.encode_to_vec())?;
+        file.persist(seal_of(path))?;
+        Ok(())
+    }
+
+    fn check(&self, path: &Path, seal: &Path) -> io::Result<()> {
+        let name = file_name(path);
+        let seal = Seal::decode(&*fs::read(seal)?).map_err(io::Error::other)?;
+        self.seals()?.check(&seal, &self.dir, &[&name], name.as_bytes())
+    }
+
+    fn seals(&self) -> io::Result<Key> {
+        Key::open(&self.dir.join("key"))
     }
 
     /// Forgets a template that did not work. After a few times there will be no other.
@@ -134,7 +167,7 @@ impl Templates {
             self.drops.lock().unwrap_or_else(PoisonError::into_inner).get(&shape).copied();
         let hopeless =
             shape.memory_mib > MEMORY_MAX_MIB || dropped.is_some_and(|drops| drops >= DROPS_MAX);
-        if hopeless || self.path(shape).exists() {
+        if hopeless || seal_of(&self.path(shape)).exists() {
             return Ok(());
         }
         let Some(_lock) = self.lock().map_err(|error| error.to_string())? else { return Ok(()) };
@@ -145,7 +178,10 @@ impl Templates {
             .map_err(|error| format!("no directory for it: {error}"))?;
         let saved = save(vmm, shape, &work).await?;
         try_it(vmm, shape, &work, &saved).await?;
-        fs::rename(&saved, self.path(shape)).map_err(|error| format!("not kept: {error}"))?;
+        let path = self.path(shape);
+        remove(&path);
+        let kept = fs::rename(&saved, &path).and_then(|()| self.seal(&path));
+        kept.map_err(|error| format!("not kept: {error}"))?;
         self.forget_old();
         Ok(())
     }
@@ -193,7 +229,7 @@ impl Templates {
             .flatten()
             .map(|entry| entry.path())
             .filter(|path| path.extension().is_some_and(|ext| ext == SUFFIX))
-            .filter_map(|path| Some((fs::metadata(&path).ok()?.modified().ok()?, path)))
+            .map(|path| (fs::metadata(seal_of(&path)).and_then(|seal| seal.modified()).ok(), path))
             .collect();
         templates.sort();
         let many = templates.len().saturating_sub(KEPT_MAX);
@@ -203,8 +239,18 @@ impl Templates {
     }
 }
 
+/// The file that seals a template.
+fn seal_of(path: &Path) -> PathBuf {
+    path.with_extension("seal")
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
 /// A template is a file or a folder.
 fn remove(path: &Path) {
+    let _ = fs::remove_file(seal_of(path));
     let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
 }
 

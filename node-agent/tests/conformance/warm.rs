@@ -168,8 +168,9 @@ fn check_kept(templates: &Path) {
     };
     let mut names = names(templates);
     names.sort();
-    let [template, lock] = &names[..] else { panic!("{names:?}") };
-    assert!(template.ends_with("-1x320.template") && lock == "lock", "{names:?}");
+    let [seal, template, key, lock] = &names[..] else { panic!("{names:?}") };
+    assert!(template.ends_with("-1x320.template") && seal.ends_with("-1x320.seal"), "{names:?}");
+    assert_eq!((key.as_str(), lock.as_str()), ("key", "lock"));
     let mut bytes = 0;
     for path in [templates.join(template)].iter().flat_map(|path| files(path)) {
         let meta = std::fs::metadata(&path).unwrap();
@@ -213,7 +214,7 @@ async fn check_later_session(mut guest: Guest) {
 }
 
 #[test]
-fn vm_whose_template_is_damaged_ends_and_the_template_can_be_dropped() {
+fn vm_is_not_restored_from_a_damaged_template_and_another_is_made() {
     run_async(async {
         let cache = tempfile::tempdir().unwrap();
         let Some(driver) = own_qemu(cache.path()).await else { return };
@@ -222,22 +223,35 @@ fn vm_whose_template_is_damaged_ends_and_the_template_can_be_dropped() {
         let template = std::fs::read_dir(&templates)
             .unwrap()
             .map(|entry| entry.unwrap().path())
-            .find(|path| path.extension().is_some())
+            .find(|path| path.extension().is_some_and(|ext| ext == "template"))
             .unwrap();
         let file = std::fs::OpenOptions::new().write(true).open(&template).unwrap();
         file.set_len(file.metadata().unwrap().len() / 2).unwrap();
         let (_guard, dir) = vm_dir();
-        let vm = driver.restore(&spec(&dir, vec![])).await.unwrap().unwrap();
-        let error = GuestLink::connect(&vm, SECRET, BOOT_MAX).await.unwrap_err();
-        assert!(error.to_string().contains("exit status: 1"), "{error}");
-        driver.drop_template(SHAPE);
-        assert!(driver.restore(&spec(&dir, vec![])).await.unwrap().is_none());
+        assert!(driver.restore(&spec(&dir, vec![])).await.unwrap().is_none(), "its seal is broken");
+        assert!(!template.exists(), "and it is gone");
 
         // What a killed maker left goes with the next one.
         let left = templates.join("making-x/save");
         std::fs::create_dir_all(&left).unwrap();
         driver.make_template(SHAPE).await.unwrap();
         assert!(!left.exists());
-        assert!(template.exists());
+        // Another one's seal does not do.
+        let seal = template.with_extension("seal");
+        let other = seal.with_file_name("other-1x320.seal");
+        std::fs::copy(&seal, &other).unwrap();
+        std::fs::copy(&template, other.with_extension("template")).unwrap();
+        std::fs::rename(other.with_extension("template"), &template).unwrap();
+        assert!(driver.restore(&spec(&dir, vec![])).await.unwrap().is_none());
+        // Nor does none.
+        driver.make_template(SHAPE).await.unwrap();
+        std::fs::remove_file(&seal).unwrap();
+        assert!(driver.restore(&spec(&dir, vec![])).await.unwrap().is_none());
+        driver.make_template(SHAPE).await.unwrap();
+        let vm = driver.restore(&spec(&dir, vec![])).await.unwrap().unwrap();
+        vm.kill().unwrap();
+        vm.wait_exit().await;
+        driver.drop_template(SHAPE);
+        assert!(!template.exists() && !seal.exists());
     });
 }

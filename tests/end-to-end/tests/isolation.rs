@@ -97,8 +97,10 @@ struct Sandbox<'c> {
 
 impl Sandbox<'_> {
     fn run(&self, script: &str) -> Finished {
-        let run = ["run", "--name", "it", "--isolation", self.kind.name, "--", "sh", "-c", script];
-        self.cluster.tow_in(&self.folder, run).finish(BOOT)
+        // Small enough for two copies beside it on a small machine.
+        let run = ["run", "--name", "it", "--isolation", self.kind.name, "--memory", "1GiB"];
+        let command = ["--", "sh", "-c", script];
+        self.cluster.tow_in(&self.folder, run.into_iter().chain(command)).finish(BOOT)
     }
 
     fn inspect(&self) -> Value {
