@@ -34,6 +34,7 @@ const KEYS: &[&str] = &[
     "accel",
     "vmm",
     "cloud_hypervisor",
+    "landlock",
     "guest_console",
     "warm",
     "private_registries",
@@ -116,6 +117,8 @@ pub struct Config {
     pub vmm: VmmChoice,
     /// The Cloud Hypervisor to use.
     pub cloud_hypervisor: Option<PathBuf>,
+    /// Runs VMs only where the kernel keeps a VMM to its own files whole (landlock's ABI 3).
+    pub landlock_required: bool,
     /// Keeps each guest's console in a file, for debugging.
     pub guest_console: bool,
     /// Keeps guests that have booted as templates, and starts from them (the default).
@@ -166,6 +169,7 @@ struct File {
     accel: Option<String>,
     vmm: Option<String>,
     cloud_hypervisor: Option<PathBuf>,
+    landlock: Option<String>,
     #[serde(default)]
     guest_console: bool,
     warm: Option<bool>,
@@ -236,6 +240,15 @@ impl Config {
                 }
             },
             cloud_hypervisor: file.cloud_hypervisor.or_else(cloud_hypervisor::find_program),
+            landlock_required: match file.landlock.as_deref() {
+                None | Some("auto") => false,
+                Some("required") => true,
+                Some(other) => {
+                    return Err(value(format!(
+                        "`landlock` is `{other}`; auto or required is expected"
+                    )));
+                }
+            },
             guest_console: file.guest_console,
             warm: file.warm.unwrap_or(true),
             private_registries: file.private_registries,
@@ -313,7 +326,7 @@ mod tests {
         let config = Config::parse(Path::new("f"), GOOD).unwrap();
         assert_eq!(config.link_listen.to_string(), "127.0.0.1:0");
         assert_eq!(config.accel, AccelChoice::Auto);
-        assert!(!config.embedded);
+        assert!(!config.embedded && !config.landlock_required);
         assert!(!config.isolation_process, "never without being asked");
     }
 
@@ -321,6 +334,7 @@ mod tests {
     fn mistakes_are_named() {
         assert!(error("memry_mib = 1").contains("did you mean `memory_mib`?"));
         assert!(error("accel = \"xen\"").contains("auto, kvm or tcg"));
+        assert!(error("landlock = \"yes\"").contains("auto or required"));
         assert!(error("vmm = \"xen\"").contains("auto, qemu or cloud-hypervisor"));
         assert!(error("link_listen = \"here\"").contains("`link_listen` is `here`"));
         assert!(error("cpus = \"two\"").contains("cpus"));

@@ -19,8 +19,6 @@ const PROGRAMS: &[(&str, &str, &str)] = &[
 /// Without these nothing runs.
 const NEEDED: &[&str] = &["mksquashfs", "mke2fs"];
 const KVM: &str = "/dev/kvm";
-/// The first landlock that keeps a VMM from truncating files of others.
-const LANDLOCK_WANTED: u32 = 3;
 /// Less room than this and images or disks will soon not fit.
 const DISK_MIN_MIB: u64 = 5 << 10;
 /// A node with many sandboxes holds a descriptor for each of their connections.
@@ -94,7 +92,7 @@ pub async fn check(config: Option<&Config>) -> Vec<Check> {
     let vmm = config.map(|config| config.vmm).unwrap_or_default();
     let mut checks = vec![processor(), kvm()];
     checks.extend(vmms(vmm, config.and_then(|config| config.cloud_hypervisor.clone())));
-    checks.push(landlock());
+    checks.push(landlock(config.is_some_and(|config| config.landlock_required)));
     checks.push(userfaultfd());
     checks.extend(PROGRAMS.iter().map(|(name, package, without)| program(name, package, without)));
     checks.push(descriptors());
@@ -168,16 +166,17 @@ fn vmms(wanted: VmmChoice, program: Option<PathBuf>) -> Vec<Check> {
     ]
 }
 
-fn landlock() -> Check {
+fn landlock(required: bool) -> Check {
     const NAME: &str = "landlock";
     const TODO: &str = "a kernel of 6.2 or newer with `landlock` in its `lsm=`";
-    match confine::abi() {
-        Some(abi) if abi >= LANDLOCK_WANTED => Check::ok(NAME, format!("ABI {abi}")),
-        Some(abi) => {
-            let found = format!("ABI {abi}: a VMM is kept to its own files, but for truncating");
-            Check::note(NAME, found, TODO)
-        }
-        None => Check::note(NAME, "a VMM cannot be kept to its own files by this kernel", TODO),
+    let found = match confine::abi() {
+        Some(abi) if abi >= confine::ABI_WANTED => return Check::ok(NAME, format!("ABI {abi}")),
+        Some(abi) => format!("ABI {abi}: a VMM is kept to its own files, but for truncating"),
+        None => "a VMM cannot be kept to its own files by this kernel".to_owned(),
+    };
+    match required {
+        true => Check::missing(NAME, found, TODO),
+        false => Check::note(NAME, found, TODO),
     }
 }
 

@@ -276,6 +276,12 @@ pub enum HypervisorError {
          `isolation_process` out of its configuration"
     )]
     NoPrivileges,
+    /// The configuration wants landlock, and this kernel has none or too little.
+    #[error(
+        "landlock = \"required\" is configured, but {0}; run a kernel of 6.2 or newer with `landlock` \
+         in its `lsm=`, or set landlock = \"auto\" to run VMs without"
+    )]
+    NoLandlock(String),
     /// KVM was asked for by name and does not work.
     #[error(
         "accel = \"kvm\" was asked for, but {0}; use accel = \"auto\" to fall back to emulation"

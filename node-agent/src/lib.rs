@@ -62,6 +62,7 @@ use forks::Forks;
 use gates::Gates;
 use guests::Guests;
 use hypervisor::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
+use hypervisor::confine;
 use hypervisor::process::Process;
 use hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
 use hypervisor::{Hypervisor, HypervisorError, Hypervisors, Vm, Vmm};
@@ -135,6 +136,9 @@ async fn vm_driver(
     running: Option<Vmm>,
     qemu: QemuConfig,
 ) -> Result<Arc<dyn Hypervisor>, HypervisorError> {
+    if config.landlock_required {
+        confine::require(confine::abi())?;
+    }
     let choice = match (config.vmm, running) {
         (choice, None)
         | (choice @ VmmChoice::Qemu, Some(Vmm::Qemu))

@@ -18,6 +18,20 @@ if [ "$1" = bench ]; then
   exec ./towline-benches --bin-dir /opt/nested --nested --write false \
     --cold-runs 5 --warm-runs 5 --fork-runs 3
 fi
+# What it is as a node. Landlock that is demanded is there, or VMs are refused.
+cat > required.toml <<END
+name = "nested"
+control_plane = ["127.0.0.1:1"]
+data_dir = "/var/tmp/nested/data"
+landlock = "required"
+END
+./towline-node-agent --config required.toml doctor > doctor.log || true
+cat doctor.log
+if grep -q '^ok *landlock' doctor.log; then
+  grep -Eq '^(ok|note) +driver: cloud-hypervisor' doctor.log
+else
+  grep -q '^MISSING driver: landlock = "required" is configured' doctor.log
+fi
 ./conformance --test-threads=1 --nocapture cloud_hypervisor
 # A whole `tow run`.
 TOWLINE_BIN_DIR=/opt/nested \

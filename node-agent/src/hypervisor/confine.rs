@@ -16,10 +16,13 @@ use landlock::{
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
 
-use super::VmSpec;
+use super::{HypervisorError, VmSpec};
 
 /// The newest rules that are asked for; older kernels enforce what they know.
 const NEWEST: ABI = ABI::V6;
+
+/// The first that keeps it from truncating what it may only read.
+pub const ABI_WANTED: u32 = 3;
 
 /// Descriptors that it may have open: disks, sockets and what its threads wake each other by.
 const FILES_MAX: u64 = 1024;
@@ -72,6 +75,16 @@ pub fn abi() -> Option<u32> {
     // SAFETY: asked for its version, the system call reads nothing.
     let abi = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0_usize, VERSION) };
     u32::try_from(abi).ok().filter(|&abi| abi > 0)
+}
+
+/// Says why a VMM could not be kept to its own files whole, given the kernel's version of it.
+pub fn require(abi: Option<u32>) -> Result<(), HypervisorError> {
+    let what = match abi {
+        Some(abi) if abi >= ABI_WANTED => return Ok(()),
+        Some(abi) => format!("this kernel has ABI {abi} of it, and {ABI_WANTED} is needed"),
+        None => "this kernel has none".to_owned(),
+    };
+    Err(HypervisorError::NoLandlock(what))
 }
 
 /// Prepares the rules; what does not exist is left out, as it could not be touched anyway.
@@ -200,6 +213,15 @@ mod tests {
         command.args(["-c", line]).stderr(std::process::Stdio::null());
         apply(&mut command, Some(prepare(allowed).unwrap()), limits);
         command.status().unwrap().success()
+    }
+
+    #[test]
+    fn what_is_required_is_refused_where_it_is_not() {
+        for (abi, says) in [(None, "has none"), (Some(2), "ABI 2"), (Some(1), "ABI 1")] {
+            let error = require(abi).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains("landlock = \"auto\""), "{error}");
+        }
+        assert!(require(Some(3)).is_ok() && require(Some(7)).is_ok());
     }
 
     #[test]
