@@ -4,6 +4,9 @@ set -eu
 cd /opt/nested
 modprobe kvm-amd
 [ -e /dev/kvm ] || mknod /dev/kvm c 10 232
+# With it a restored guest's memory comes as it is used.
+minor=$(sed -n 's/^ *\([0-9]*\) userfaultfd$/\1/p' /proc/misc)
+[ -z "$minor" ] || [ -e /dev/userfaultfd ] || mknod /dev/userfaultfd c 10 "$minor"
 mkdir -p /var/tmp/nested
 export HOME=/root XDG_CACHE_HOME=/opt/nested/xdg TMPDIR=/var/tmp/nested
 mkdir -p xdg && ln -sfn /opt/nested/cache xdg/towline

@@ -99,7 +99,7 @@ impl Sandbox<'_> {
     fn run(&self, script: &str) -> Finished {
         // Small enough for two copies beside it on a small machine.
         let run = ["run", "--name", "it", "--isolation", self.kind.name, "--memory", "1GiB"];
-        let command = ["--", "sh", "-c", script];
+        let command = ["--disk", "4GiB", "--", "sh", "-c", script];
         self.cluster.tow_in(&self.folder, run.into_iter().chain(command)).finish(BOOT)
     }
 
