@@ -152,7 +152,7 @@ impl GuestLink {
         markers: &[Marker],
         waiting: &Waiting,
     ) -> Result<Self, GuestLinkError> {
-        let mut silent = SILENT_FIRST;
+        let mut silent = if vm.link_can_be_held_up() { SILENT_FIRST } else { waiting.bound };
         loop {
             let socket = Self::open_socket(vm, waiting).await;
             waiting.now_for("the guest to boot and its guest agent to say hello");

@@ -147,11 +147,16 @@ impl Vm {
         self.dir.join(LINK_SOCKET)
     }
 
+    /// Whether what the guest says may wait for a connection after the present one.
+    pub fn link_can_be_held_up(&self) -> bool {
+        matches!(self.kind, Kind::Vmm(Vmm::Qemu))
+    }
+
     /// Connects to the guest link of one that may be halted, before it goes on. A QEMU (7.2) that drops
     /// a connection while it is halted does not tell its serial port, and what the guest writes before
     /// there is another one holds the port up.
     pub async fn open_link_ahead(&self) {
-        if matches!(self.kind, Kind::Vmm(Vmm::Qemu)) {
+        if self.link_can_be_held_up() {
             let opened = self.open_link().await.ok();
             *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = opened;
         }
