@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
+use tempfile::NamedTempFile;
 
 /// Changes when the options of the file system do.
 const LAYOUT: &str = "v1";
@@ -49,13 +50,7 @@ pub fn create(cache_dir: &Path, path: &Path, size_mib: u64) -> Result<(), DiskEr
     if path.exists() {
         return Ok(());
     }
-    let template = template(cache_dir, size_mib)?;
-    let parent = path.parent().unwrap_or(Path::new("."));
-    let file = tempfile::Builder::new()
-        .prefix(".disk-")
-        .tempfile_in(parent)
-        .map_err(failed("create a file in", parent))?;
-    copy_sparse(&template, file.as_file()).map_err(failed("write", path))?;
+    let file = copy_beside(&template(cache_dir, size_mib)?, path)?;
     file.as_file().sync_all().map_err(failed("write", path))?;
     file.persist(path).map_err(|error| failed("write", path)(error.error))?;
     Ok(())
@@ -64,14 +59,20 @@ pub fn create(cache_dir: &Path, path: &Path, size_mib: u64) -> Result<(), DiskEr
 /// Puts a copy of a disk at `path`, in the place of any that is there. It shares blocks where the file
 /// system can.
 pub fn replace(from: &Path, path: &Path) -> Result<(), DiskError> {
+    let file = copy_beside(from, path)?;
+    file.persist(path).map_err(|error| failed("write", path)(error.error))?;
+    Ok(())
+}
+
+/// A copy that is to become `path`.
+fn copy_beside(from: &Path, path: &Path) -> Result<NamedTempFile, DiskError> {
     let parent = path.parent().unwrap_or(Path::new("."));
     let file = tempfile::Builder::new()
         .prefix(".disk-")
         .tempfile_in(parent)
         .map_err(failed("create a file in", parent))?;
     copy_sparse(from, file.as_file()).map_err(failed("write", path))?;
-    file.persist(path).map_err(|error| failed("write", path)(error.error))?;
-    Ok(())
+    Ok(file)
 }
 
 /// Makes the template for disks of this size, if it is not there; a node does so ahead of time for

@@ -49,7 +49,9 @@ impl Kept {
     }
 }
 
-/// Authenticates them.
+/// What to do about a copy that never came to be.
+pub(crate) const AGAIN: &str = "remove it (`tow rm`) and fork again";
+/// The key of their seals.
 const KEY: &str = "key";
 const KEPT: &str = "moment";
 const SAVED: &str = "saved";
@@ -79,8 +81,7 @@ impl Moment {
 
     /// Gives a sandbox this moment's disk, whatever it had. Blocks.
     pub fn give_disk(&self, to: &SandboxDir) -> Result<(), Failure> {
-        let failed = |error: DiskError| lasting(crate::chain(&error));
-        disks::replace(&self.dir.join(UPPER), &to.upper()).map_err(failed)?;
+        disks::replace(&self.dir.join(UPPER), &to.upper()).map_err(no_disk)?;
         let (manifest, own) = (self.dir.join(MANIFEST), to.local_manifest());
         if manifest.exists() && !own.exists() {
             link_or_copy(&manifest, &own).map_err(|error| not_saved(&error))?;
@@ -121,9 +122,9 @@ impl Forks {
             match making.get(&fork.id) {
                 Some(outcome) => outcome.clone(),
                 None => {
+                    let (forks, source) = (Arc::clone(self), source?);
                     let (done, outcome) = watch::channel(None);
                     making.insert(fork.id, outcome.clone());
-                    let (forks, source) = (Arc::clone(self), source?);
                     // Of its own: a copy that is given up must not leave the source halted.
                     tokio::spawn(async move {
                         let made = forks.make(fork, source).await;
@@ -144,17 +145,17 @@ impl Forks {
     pub fn open(&self, fork: ForkId, driver: &dyn Hypervisor) -> Result<Moment, Failure> {
         let dir = self.path(fork);
         let kept = fs::read(dir.join(KEPT)).ok().and_then(|bytes| Kept::decode(&*bytes).ok());
-        let gone = || lasting("what it is a copy of is not kept here any more".into());
+        let gone = || lasting(format!("what it is a copy of is not kept here any more: {AGAIN}"));
         let kept = kept.ok_or_else(gone)?;
         let sealed = self.check(fork, &dir, &kept);
         sealed.map_err(|problem| {
-            let reason = format!("what it is a copy of cannot be used: {problem}; fork again");
-            lasting(reason)
+            lasting(format!("what it is a copy of cannot be used, {problem}: {AGAIN}"))
         })?;
         if driver.fits() != Some(&kept.fits) {
-            let reason = "what it is a copy of was saved under another VMM, kernel or processor, or \
-                          before this host was restarted: remove it and fork again";
-            return Err(lasting(reason.into()));
+            return Err(lasting(format!(
+                "what it is a copy of was saved under another VMM, kernel or processor, or before \
+                 this host was restarted: {AGAIN}"
+            )));
         }
         let secret = kept.secret.try_into().map_err(|_| gone())?;
         Ok(Moment { dir, secret })
@@ -237,7 +238,7 @@ impl Source {
         fork: Fork,
     ) -> Result<Self, Failure> {
         let guest = guest.ok_or_else(|| {
-            lasting("what it should be a copy of does not run any more".to_owned())
+            lasting(format!("what it should be a copy of does not run any more: {AGAIN}"))
         })?;
         Ok(Self { guest, driver, dir: store.sandbox(fork.source) })
     }
@@ -249,11 +250,19 @@ impl Source {
         let fits = self.driver.fits();
         let fits = fits.ok_or_else(|| lasting("its driver cannot save memory".into()))?.to_owned();
         // Nobody else halts it or lets it go on meanwhile.
-        let _orders = self.guest.orders.lock().await;
+        let paused = self.guest.orders.lock().await;
+        if *paused {
+            // It was paused since the fork was asked for, and stays so.
+            return Err(lasting(format!(
+                "what it should be a copy of is paused: let it go on (`tow resume`), {AGAIN}"
+            )));
+        }
         let frozen = self.guest.freeze(fork).await;
         let saved = match frozen {
             Ok(()) => self.save_frozen(to).await.map(|()| Kept { secret, fits, seal: None }),
-            Err(reason) => Err(lasting(format!("its workload could not be frozen: {reason}"))),
+            Err(reason) => Err(lasting(format!(
+                "the workload of what it should be a copy of could not be frozen, {reason}: {AGAIN}"
+            ))),
         };
         let resumed = timeout(RESUME_MAX, self.guest.vm.resume()).await;
         let clock = Command::SetClock(SetClock { unix_ns: unix_ns() });
@@ -283,8 +292,7 @@ impl Source {
         saved.map_err(|error| not_saved(&error))?;
         let (from, to) = (self.dir.clone(), to.to_owned());
         let copied = tokio::task::spawn_blocking(move || {
-            let failed = |error: DiskError| lasting(crate::chain(&error));
-            disks::replace(&from.upper(), &to.join(UPPER)).map_err(failed)?;
+            disks::replace(&from.upper(), &to.join(UPPER)).map_err(no_disk)?;
             let manifest = from.local_manifest();
             if manifest.exists() {
                 link_or_copy(&manifest, &to.join(MANIFEST)).map_err(|error| not_saved(&error))?;
@@ -303,13 +311,19 @@ fn link_or_copy(from: &Path, to: &Path) -> io::Result<()> {
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "as `map_err` gives it")]
+fn no_disk(error: DiskError) -> Failure {
+    lasting(crate::chain(&error))
+}
+
 fn not_saved(error: &io::Error) -> Failure {
     if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
         let reason = "no space left on the node to save what it is a copy of: free some, or remove \
                       sandboxes (`tow rm`)";
         return lasting(reason.into());
     }
-    lasting(format!("what it is a copy of could not be saved: {}", crate::chain(error)))
+    let problem = crate::chain(error);
+    lasting(format!("what it is a copy of could not be saved, {problem}: {AGAIN}"))
 }
 
 #[cfg(test)]

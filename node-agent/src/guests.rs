@@ -61,8 +61,8 @@ pub struct Guest {
     pub run: Run,
     /// Its VM.
     pub vm: Arc<Vm>,
-    /// Held by who halts its VM or lets it go on.
-    pub orders: tokio::sync::Mutex<()>,
+    /// Held by who halts its VM or lets it go on; whether it is paused.
+    pub orders: tokio::sync::Mutex<bool>,
     link: watch::Sender<Option<MuxHandle>>,
     commands: mpsc::Sender<GuestCommand>,
     frozen: watch::Sender<Option<Frozen>>,

@@ -4,18 +4,20 @@
 //! The promise behind it: when a run is told to be over, no process of it lives. Every name derives
 //! from the sandbox's id, so everything may be done twice.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+mod copies;
+mod pausing;
+
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::timeout;
 use towline_node_core::{Assignment, Failure, FoundVm, Input, Record, Run};
 use towline_proto::frame::FrameKind;
-use towline_proto::ids::{ForkId, SandboxId};
+use towline_proto::ids::SandboxId;
 use towline_proto::v1::{
     Desired, GuestCommand, Isolation, PingOpen, SetClock, Shutdown, StreamError, StreamOpen, Thaw,
     guest_command, stream_open,
@@ -27,16 +29,17 @@ use crate::disks::{self, DiskError};
 use crate::egress::Egress;
 use crate::egress::policy::Policy;
 use crate::feed::Feeds;
-use crate::forks::{Forks, Moment, Source};
+use crate::forks::{Forks, Moment};
 use crate::gates::Gates;
-use crate::guest_configure::{guest_become, guest_configure, random, unix_ns};
+use crate::guest_configure::{guest_configure, random, unix_ns};
 use crate::guest_link::GuestLink;
-use crate::guests::{Attendance, Guest, Guests, Served, attend, exit_reason};
+use crate::guests::{Attendance, Guests, Served, attend, exit_reason};
 use crate::hypervisor::{Hypervisor, Hypervisors, Vm, VmSpec};
 use crate::images::{Image, Images, lasting};
 use crate::store::{State, Store};
 use crate::streams;
 use crate::templates::Wishes;
+use pausing::{ORDER_MAX, why};
 
 /// From spawn to hello: shorter than the core's bound, so that the reason is the exact one.
 const HELLO_MAX: Duration = Duration::from_secs(150);
@@ -47,10 +50,6 @@ const WARM_HELLO_MAX: Duration = Duration::from_secs(15);
 const CONFIGURE_MAX: Duration = Duration::from_secs(60);
 /// A busy guest of a restarted node agent: shorter than the core's bound, as above.
 const ADOPT_MAX: Duration = Duration::from_secs(240);
-/// Between two looks whether a guest was taken up.
-const SOURCE_LOOK: Duration = Duration::from_millis(100);
-/// Halting a VM or letting it go on: shorter than the core's bounds, as above.
-const ORDER_MAX: Duration = Duration::from_secs(45);
 const PROBE_MAX: Duration = Duration::from_secs(50);
 /// A VMM that is killed may write its disks out first.
 const QUIT_MAX: Duration = Duration::from_secs(2);
@@ -186,38 +185,6 @@ impl Machine {
                     .into(),
             })
         })
-    }
-
-    /// Has the moment saved that the sandbox is to be a copy of, if it is to be one.
-    async fn prepare_fork(
-        &self,
-        run: Run,
-        assignment: &Assignment,
-        driver: &Arc<dyn Hypervisor>,
-    ) -> Result<Option<Moment>, Failure> {
-        let Some(fork) = assignment.copies() else { return Ok(None) };
-        let (sandbox, text) = (assignment.sandbox, format!("saving {}", fork.source));
-        let _ = self.inputs.try_send(Input::PrepareProgress { sandbox, run, text });
-        let guest = self.source_guest(fork.source).await;
-        let source = Source::find(guest, Arc::clone(driver), &self.store, fork);
-        self.forks.ready(fork, source).await?;
-        self.forks.open(fork.id, driver.as_ref()).map(Some)
-    }
-
-    /// The guest of what a copy is made of; one whose VM lives may just be taken up again.
-    async fn source_guest(&self, source: SandboxId) -> Option<Arc<Guest>> {
-        let until = Instant::now() + ADOPT_MAX;
-        loop {
-            let guest = self.guests.get(source);
-            let lives = || {
-                let found = self.hypervisors.adopt(&self.store.sandbox(source).vm());
-                found.is_ok_and(|vm| vm.is_some())
-            };
-            if guest.is_some() || Instant::now() >= until || !lives() {
-                return guest;
-            }
-            sleep(SOURCE_LOOK).await;
-        }
     }
 
     async fn prepare_blocking(
@@ -515,108 +482,6 @@ impl Machine {
         }
     }
 
-    /// Waits for a copy's guest, has it become another sandbox, and has it attended to. On failure
-    /// nothing of the VM lives.
-    async fn take_up_copy(
-        &self,
-        attendance: Attendance,
-        assignment: &Assignment,
-        fork: ForkId,
-        moment: &Moment,
-    ) -> Result<(), Failure> {
-        let talk = async {
-            let mut link = GuestLink::connect(&attendance.vm, moment.secret, HELLO_MAX)
-                .await
-                .map_err(|error| transient(&error))?;
-            // What has run before it knows who it is would share its secrets.
-            if !link.hello.configured || !link.hello.frozen {
-                return Err(lasting("the copy's workload was not frozen when it was saved".into()));
-            }
-            let order = guest_become(assignment, fork, attendance.secret)
-                .map_err(|error| transient(&error))?;
-            let opened = attendance.become_copy(&mut link, order, CONFIGURE_MAX).await;
-            Ok((link, opened.map_err(|error| transient(&error))?))
-        };
-        let talked = talk.await;
-        self.attend_or_end(attendance, talked).await
-    }
-
-    /// `Effect::PauseVm`.
-    pub async fn pause(self: Arc<Self>, sandbox: SandboxId, run: Run) {
-        let paused = match self.guests.get(sandbox) {
-            None => Err("it has no guest".to_owned()),
-            Some(guest) => {
-                let _orders = guest.orders.lock().await;
-                let paused = timeout(ORDER_MAX, guest.vm.pause()).await;
-                if matches!(paused, Ok(Ok(()))) { Ok(()) } else { Err(why(paused)) }
-            }
-        };
-        let input = match paused {
-            Ok(()) => Input::VmPaused { sandbox, run },
-            Err(reason) => {
-                tracing::warn!(%sandbox, run, reason, "vm not paused");
-                Input::PauseFailed { sandbox, run, reason }
-            }
-        };
-        self.tell(input).await;
-    }
-
-    /// `Effect::ResumeVm`.
-    pub async fn resume(self: Arc<Self>, run: Run, assignment: Assignment) {
-        let sandbox = assignment.sandbox;
-        let resumed = match self.guests.get(sandbox) {
-            Some(guest) => self.resume_attended(&guest).await,
-            None => self.adopt_vm(run, &assignment).await.map(drop),
-        };
-        let input = match resumed {
-            Ok(()) => Input::VmResumed { sandbox, run },
-            Err(failure) => {
-                tracing::warn!(%sandbox, run, reason = failure.reason, "vm not resumed");
-                Input::VmFailed { sandbox, run, failure }
-            }
-        };
-        self.tell(input).await;
-    }
-
-    async fn resume_attended(&self, guest: &Guest) -> Result<(), Failure> {
-        let _orders = guest.orders.lock().await;
-        let resumed = timeout(ORDER_MAX, guest.vm.resume()).await;
-        if !matches!(resumed, Ok(Ok(_))) {
-            end(&guest.vm).await;
-            return Err(lasting(format!("the VM does not go on: {}", why(resumed))));
-        }
-        let clock = guest_command::Command::SetClock(SetClock { unix_ns: unix_ns() });
-        if !guest.command(GuestCommand { command: Some(clock) }) {
-            tracing::warn!(sandbox = %guest.sandbox, "guest takes no commands, its clock is late");
-        }
-        Ok(())
-    }
-
-    /// `Effect::AdoptVm` of one that should be paused: it is halted, and only its end is seen.
-    async fn adopt_paused(&self, run: Run, sandbox: SandboxId) {
-        let found = self.hypervisors.adopt(&self.store.sandbox(sandbox).vm());
-        let Ok(Some(vm)) = found else {
-            let reason = "the VM ended while the node agent was away".to_owned();
-            return self.tell(Input::VmExited { sandbox, run, reason }).await;
-        };
-        let paused = timeout(ORDER_MAX, vm.pause()).await;
-        if !matches!(paused, Ok(Ok(()))) {
-            let failure = lasting(format!("the VM takes no orders: {}", why(paused)));
-            end(&vm).await;
-            return self.tell(Input::VmFailed { sandbox, run, failure }).await;
-        }
-        tracing::info!(%sandbox, run, "paused vm found");
-        self.tell(Input::VmPaused { sandbox, run }).await;
-        let reason = exit_reason(&vm.wait_exit().await);
-        self.tell(Input::VmExited { sandbox, run, reason }).await;
-    }
-
-    /// `Effect::KeepForks`.
-    pub fn keep_forks(&self, kept: BTreeSet<ForkId>) {
-        let forks = Arc::clone(&self.forks);
-        tokio::task::spawn_blocking(move || forks.keep(kept));
-    }
-
     /// `Effect::Probe`: a ping through the very path that clients' streams take.
     pub async fn probe(self: Arc<Self>, sandbox: SandboxId, run: Run) {
         let answer = timeout(PROBE_MAX, self.ping(sandbox)).await;
@@ -717,14 +582,6 @@ impl Machine {
     async fn tell(&self, input: Input) {
         // Nobody listens only when the node agent stops.
         let _ = self.inputs.send(input).await;
-    }
-}
-
-/// Why an order with a bound failed.
-fn why<T>(result: Result<io::Result<T>, tokio::time::error::Elapsed>) -> String {
-    match result {
-        Ok(Err(error)) => crate::chain(&error),
-        _ => format!("no answer within {} s", ORDER_MAX.as_secs()),
     }
 }
 

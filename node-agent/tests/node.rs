@@ -13,9 +13,10 @@ use towline_node_agent::hypervisor::VmShape;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
-    Desired, EgressOpen, EgressProtocol, ExecListOpen, FeedEntry, FeedOpen, ImageCollectOpen,
-    ImageImportOpen, ImageImported, ImagesCollected, LookupAnswer, LookupOpen, Phase, StreamError,
-    StreamErrorCode, StreamOpen, Ticket, egress_open, feed_entry, image_ref,
+    Desired, DesiredSandbox, EgressOpen, EgressProtocol, ExecListOpen, FeedEntry, FeedOpen,
+    ForkOrigin, ImageCollectOpen, ImageImportOpen, ImageImported, ImagesCollected, LookupAnswer,
+    LookupOpen, Phase, StreamError, StreamErrorCode, StreamOpen, Ticket, egress_open, feed_entry,
+    image_ref,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -156,6 +157,28 @@ async fn a_paused_vm_stays_so_while_the_node_agent_is_away() {
     world.control.until(1, 3, Phase::Running).await;
     let laptop = world.laptop().await;
     world.ping(&laptop, &world.ticket(&laptop, 1)).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_of_what_was_paused_meanwhile_is_refused_and_lets_nothing_go_on() {
+    let Some(mut world) = World::new().await else { return };
+    world.start();
+    world.control.want(vec![desired(1, 1, Desired::Running)]);
+    world.control.until(1, 1, Phase::Running).await;
+    let paused = desired(1, 2, Desired::Paused);
+    world.control.want(vec![paused.clone()]);
+    world.control.until(1, 2, Phase::Paused).await;
+    let origin = ForkOrigin { sandbox_id: sandbox(1).to_vec(), fork_id: vec![7; 16] };
+    let copy =
+        |n| DesiredSandbox { forked_from: Some(origin.clone()), ..desired(n, 1, Desired::Running) };
+    world.control.want(vec![paused, copy(2), copy(3)]);
+    for n in [2, 3] {
+        let failed = world.control.until(n, 1, Phase::Failed).await;
+        assert!(failed.reason.contains("is paused: let it go on"), "{}", failed.reason);
+        assert!(failed.reason.contains("fork again"), "{}", failed.reason);
+    }
+    assert!(world.doubles.is_halted(0) && world.doubles.is_running(0));
+    assert_eq!(world.doubles.pids().len(), 1, "no copy was started");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

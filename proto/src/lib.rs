@@ -4,6 +4,7 @@
 //! does IO, reads a clock or draws a random number. Versioning: fields are added, never reused; a
 //! reader ignores what it does not know, except commands in the replicated log.
 
+mod desired;
 pub mod durable;
 pub mod frame;
 pub mod ids;

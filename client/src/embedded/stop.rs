@@ -57,7 +57,7 @@ async fn stop_sandboxes(layout: &Layout) -> anyhow::Result<usize> {
     let stop = async {
         let mut admin = enrol::connect(layout).await?;
         let wanted = list(&mut admin).await?;
-        let running: Vec<_> = wanted.iter().filter(|s| is_up(s.desired())).collect();
+        let running: Vec<_> = wanted.iter().filter(|s| s.desired().is_up()).collect();
         for sandbox in &running {
             let request = v1::SetDesiredRequest {
                 idempotency_key: new_key(),
@@ -82,10 +82,6 @@ fn has_vm(sandbox: &v1::Sandbox) -> bool {
         phase,
         Phase::Preparing | Phase::Booting | Phase::Running | Phase::Paused | Phase::Stopping
     )
-}
-
-fn is_up(desired: v1::Desired) -> bool {
-    matches!(desired, v1::Desired::Running | v1::Desired::Paused)
 }
 
 async fn list(admin: &mut Admin) -> anyhow::Result<Vec<v1::Sandbox>> {

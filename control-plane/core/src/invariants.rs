@@ -8,7 +8,6 @@ use towline_proto::v1::Desired;
 
 use crate::resources::Resources;
 use crate::state::State;
-use crate::state::expiry::is_up;
 use crate::state::nodes::{limits_of, reserved_of};
 use crate::state::sandboxes::{has_ended, held_by, runs};
 
@@ -53,7 +52,7 @@ fn timeouts_are_kept(state: &State) -> Result<(), Violation> {
     for (id, record) in state.sandboxes.after(None) {
         let Some(sandbox) = &record.sandbox else { continue };
         let timeout_s = sandbox.spec.as_ref().map_or(0, |spec| spec.timeout_s);
-        let counts = timeout_s != 0 && is_up(sandbox) && !has_ended(sandbox);
+        let counts = timeout_s != 0 && sandbox.desired().is_up() && !has_ended(sandbox);
         if counts != (sandbox.expires_ms != 0) {
             return Err(Violation(format!(
                 "{id} has a timeout of {timeout_s} s, is wanted {:?}, and expires at {}",

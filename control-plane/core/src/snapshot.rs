@@ -47,10 +47,12 @@ fn version_of(state: &State) -> u32 {
         let timeout_s = sandbox.spec.as_ref().map_or(0, |spec| spec.timeout_s);
         let phase = sandbox.observed.as_ref().map(Observed::phase);
         let is_paused = sandbox.desired() == Desired::Paused || phase == Some(Phase::Paused);
-        match timeout_s != 0 || !sandbox.desired_reason.is_empty() {
-            _ if is_paused || sandbox.forked_from.is_some() => 3,
-            true => 2,
-            false => 1,
+        if is_paused || sandbox.forked_from.is_some() {
+            3
+        } else if timeout_s != 0 || !sandbox.desired_reason.is_empty() {
+            2
+        } else {
+            1
         }
     };
     let records = state.sandboxes.after(None);

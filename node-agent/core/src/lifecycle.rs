@@ -14,6 +14,8 @@
 //! Left to `agent`: which records are refused, what is reported when, what fits. The invariant: a
 //! VM is started only when no VM of the sandbox can live, and only on a record that is on disk.
 
+mod pausing;
+
 use std::time::Duration;
 
 use towline_proto::ids::{ForkId, SandboxId};
@@ -345,22 +347,6 @@ impl Sandbox {
         }
     }
 
-    fn want_paused(&mut self, new_epoch: bool, refusal: Option<String>, cx: &mut Context<'_>) {
-        match self.stage {
-            // Only what is up can be paused.
-            Stage::Resting if self.record.rest.is_some() => self.persist(cx),
-            Stage::Running if !new_epoch => {
-                self.pause(cx);
-                self.persist(cx);
-            }
-            // It is paused already, or will be when what is under way has ended.
-            Stage::Pausing { .. } | Stage::Paused | Stage::Resuming { .. } if !new_epoch => {
-                self.persist(cx);
-            }
-            _ => self.want_running(new_epoch, refusal, cx),
-        }
-    }
-
     fn want_stopped(&mut self, cx: &mut Context<'_>) {
         match self.stage {
             Stage::Placed { .. } | Stage::Waiting { .. } => {
@@ -559,55 +545,6 @@ impl Sandbox {
         self.stage = Stage::Running;
         let gate = Gate::Open { epoch: self.record.assignment.epoch };
         cx.effects.push(Effect::Gate { sandbox: self.id(), gate });
-    }
-
-    // ---- pausing ----
-
-    fn pause(&mut self, cx: &mut Context<'_>) {
-        self.note.clear();
-        self.stage = Stage::Pausing { deadline: cx.now + PAUSE_MAX };
-        let (sandbox, run) = (self.id(), self.run);
-        let reason = "it is paused; `tow resume` lets it go on".to_owned();
-        cx.effects.push(Effect::Gate { sandbox, gate: Gate::Closing { reason } });
-        cx.effects.push(Effect::PauseVm { sandbox, run });
-    }
-
-    fn resume(&mut self, cx: &mut Context<'_>) {
-        self.stage = Stage::Resuming { deadline: cx.now + RESUME_MAX };
-        let assignment = Box::new(self.record.assignment.clone());
-        cx.effects.push(Effect::ResumeVm { run: self.run, assignment });
-    }
-
-    pub(crate) fn vm_paused(&mut self, cx: &mut Context<'_>) {
-        if !matches!(self.stage, Stage::Pausing { .. } | Stage::Adopting { .. }) {
-            return;
-        }
-        self.stage = Stage::Paused;
-        let reason = "it is paused; `tow resume` lets it go on".to_owned();
-        cx.effects.push(Effect::Gate { sandbox: self.id(), gate: Gate::Closing { reason } });
-        if self.record.assignment.desired != Desired::Paused {
-            self.resume(cx);
-        }
-    }
-
-    pub(crate) fn pause_failed(&mut self, reason: &str, cx: &mut Context<'_>) {
-        if matches!(self.stage, Stage::Pausing { .. }) {
-            self.note = format!("it could not be paused: {reason}");
-            match self.record.assignment.desired {
-                Desired::Stopped => self.stop(cx),
-                _ => self.open(cx),
-            }
-        }
-    }
-
-    pub(crate) fn vm_resumed(&mut self, cx: &mut Context<'_>) {
-        if matches!(self.stage, Stage::Resuming { .. }) {
-            match self.record.assignment.desired {
-                // It took too long to be paused, and the control plane is told so.
-                Desired::Paused if !self.note.is_empty() => self.open(cx),
-                _ => self.as_wanted(cx),
-            }
-        }
     }
 
     // ---- ending ----

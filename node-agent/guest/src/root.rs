@@ -25,9 +25,9 @@ pub const ROOT: &str = "/run/towline/root";
 /// The sandbox's own disk.
 pub const UPPER: &str = "/run/towline/upper";
 /// Spools of detached execs: on the disk, outside the workload's view.
+pub const SPOOL: &str = "/run/towline/upper/spool";
 /// Where Towline speaks to what runs in the sandbox.
 const RUN_TOWLINE: &[u8] = b"/run/towline";
-pub const SPOOL: &str = "/run/towline/upper/spool";
 /// The project folder, on the same disk beside the overlay.
 pub const FOLDER: &str = "/run/towline/upper/folder";
 const LAYERS: &str = "/run/towline/layers";

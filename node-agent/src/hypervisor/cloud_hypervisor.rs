@@ -38,8 +38,8 @@ const PROGRAM: &str = "cloud-hypervisor";
 const VERSION_MIN: u32 = 53;
 /// The last one that was tried.
 const VERSION_TRIED: u32 = 53;
-pub(crate) const INSTALL: &str = "install Cloud Hypervisor (the static binary of a release), or name it in \
-                       `cloud_hypervisor`";
+pub(crate) const INSTALL: &str = "install Cloud Hypervisor (the static binary of a release), or \
+                                  name it in `cloud_hypervisor`";
 /// What it may map besides the guest's memory: each disk and CPU has a thread with 8 MiB of stack.
 const OVERHEAD_MIB: u64 = 1024;
 /// How long after its socket the end of its process may be seen.

@@ -20,7 +20,9 @@ use crate::guest::{
 const SHAPE: VmShape = VmShape { cpus: 1, memory_mib: 320 };
 
 /// What programs can see of a machine, a line each, but for time, load, and what is each one's own
-/// by intent. One program: processes are dear in an emulated guest.
+/// by intent, or by the kernel's: `user_reserve_kbytes` is 1/32 of what happened to be free at an
+/// early moment of a boot, and no two boots agree on it. One program: processes are dear in an
+/// emulated guest.
 const LOOK_AROUND: &str = r#"
 sub slurp { my $text = ""; if (open my $file, "<", $_[0]) { local $/; $text = <$file> // $!; } else { $text = "$!\n" } $text }
 sub say_all { my ($what, $text) = @_; print "$what: $_\n" for split /\n/, $text }
@@ -42,7 +44,7 @@ sub walk {
   }
 }
 walk(sub { my $p = $_[0]; print "setting: $p ", slurp($p) =~ s/\n/ /gr, "\n" if -f $p && -r $p }, "/proc/sys",
-  qr{/random/|nr-?_|_nr$|-nr$|-state$|ns_last_pid|/quota/|/pty/nr|stable_secret|netdev_rss_key|dentry|inode});
+  qr{/random/|/user_reserve_kbytes$|nr-?_|_nr$|-nr$|-state$|ns_last_pid|/quota/|/pty/nr|stable_secret|netdev_rss_key|dentry|inode});
 walk(sub { my @s = lstat $_[0]; my $to = readlink($_[0]) // ""; printf "file: %s %o %d:%d %d %s\n", $_[0], $s[2], $s[4], $s[5], $s[2] & 0x4000 ? 0 : $s[7], $to },
   "/", qr{^/(proc|sys|lib/modules|usr/lib/modules)/});
 walk(sub { print "device: $_[0] ", readlink($_[0]) // "", "\n" }, $_) for qw(/sys/bus/virtio /sys/class/net /sys/class/block /sys/class/misc);

@@ -33,6 +33,7 @@ struct Guest {
     sessions: u32,
     /// The newest session's.
     handle: Option<MuxHandle>,
+    halted: bool,
 }
 
 #[derive(Debug)]
@@ -129,6 +130,10 @@ impl Doubles {
         stat.is_ok_and(|stat| !stat.contains(") Z "))
     }
 
+    pub(crate) fn is_halted(&self, vm: usize) -> bool {
+        self.guests.lock().unwrap()[vm].lock().unwrap().halted
+    }
+
     pub(crate) fn end_all(&self) {
         self.pids().into_iter().for_each(kill);
     }
@@ -167,17 +172,17 @@ impl Hypervisor for Doubles {
             }
             let child = spawn(&spec.dir, "600");
             let pid = i32::try_from(child.id()).unwrap();
-            let guest =
-                Arc::new(Mutex::new(Guest { pid, configured: None, sessions: 0, handle: None }));
+            let guest = Guest { pid, configured: None, sessions: 0, handle: None, halted: false };
+            let guest = Arc::new(Mutex::new(guest));
             self.guests.lock().unwrap().push(Arc::clone(&guest));
             let socket = spec.dir.join(LINK_SOCKET);
             let _ = std::fs::remove_file(&socket);
             let _runtime = self.runtime.enter();
             let listener = UnixListener::bind(&socket).unwrap();
-            self.runtime.spawn(serve(listener, guest));
+            self.runtime.spawn(serve(listener, Arc::clone(&guest)));
             let socket = spec.dir.join("qmp.sock");
             let _ = std::fs::remove_file(&socket);
-            self.runtime.spawn(take_orders(UnixListener::bind(&socket).unwrap()));
+            self.runtime.spawn(take_orders(UnixListener::bind(&socket).unwrap(), guest));
             Vm::started(child, &spec.dir, Vmm::Qemu)
         })
     }
@@ -203,6 +208,10 @@ impl Hypervisor for Doubles {
         Box::pin(async { Ok(()) })
     }
 
+    fn fits(&self) -> Option<&str> {
+        Some("these doubles")
+    }
+
     fn drop_template(&self, _: VmShape) {
         *self.template.lock().unwrap() = Template::Missing;
     }
@@ -213,18 +222,18 @@ impl Hypervisor for Doubles {
 }
 
 /// Is halted and goes on, as a QEMU.
-async fn take_orders(listener: UnixListener) {
-    let mut running = true;
+async fn take_orders(listener: UnixListener, guest: Arc<Mutex<Guest>>) {
     while let Ok((mut socket, _)) = listener.accept().await {
         let (read, mut write) = socket.split();
         let _ = write.write_all(b"{\"QMP\": {}}\n").await;
         let mut orders = BufReader::new(read).lines();
         while let Ok(Some(order)) = orders.next_line().await {
             let order: serde_json::Value = serde_json::from_str(&order).unwrap();
+            let running = !guest.lock().unwrap().halted;
             let answer = serde_json::json!({ "return": { "running": running } });
             match order["execute"].as_str().unwrap() {
-                "stop" => running = false,
-                "cont" => running = true,
+                "stop" => guest.lock().unwrap().halted = true,
+                "cont" => guest.lock().unwrap().halted = false,
                 _ => {}
             }
             let _ = write.write_all(format!("{answer}\n").as_bytes()).await;

@@ -1,5 +1,5 @@
-//! One client: creates, pauses, copies, stops, starts and removes sandboxes of its own, repeats each request with
-//! its key until it is answered, and remembers what it was told.
+//! One client: creates, pauses, copies, stops, starts and removes sandboxes of its own, repeats each
+//! request with its key until it is answered, and remembers what it was told.
 
 use std::collections::BTreeMap;
 

@@ -702,7 +702,7 @@ fn member_of(event: &Event, sessions: &BTreeMap<u64, Session>) -> Option<usize> 
 
 /// Whether a timeout stopped what was acknowledged as running. It never does more than that.
 fn was_timed_out(sandbox: &v1::Sandbox, acknowledged: Desired) -> bool {
-    matches!(acknowledged, Desired::Running | Desired::Paused)
+    acknowledged.is_up()
         && sandbox.desired() == Desired::Stopped
         && sandbox.desired_reason.starts_with("timeout ")
 }

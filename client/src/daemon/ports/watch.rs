@@ -97,8 +97,7 @@ async fn watch(
                 if phase == Phase::Gone {
                     return Ended::Gone;
                 }
-                let up = matches!(now.desired(), Desired::Running | Desired::Paused);
-                let runs = up && phase != Phase::Lost;
+                let runs = now.desired().is_up() && phase != Phase::Lost;
                 running.store(runs, Ordering::Relaxed);
             }
             Some(Err(RpcError::NotFound(_))) => return Ended::Gone,

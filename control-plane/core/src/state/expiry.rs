@@ -38,15 +38,10 @@ impl Sandboxes {
 /// When a sandbox whose timeout counts from now is stopped; 0 for never.
 pub(super) fn expiry(sandbox: &v1::Sandbox, now_ms: u64) -> u64 {
     let timeout_s = sandbox.spec.as_ref().map_or(0, |spec| spec.timeout_s);
-    if timeout_s == 0 || !is_up(sandbox) || has_ended(sandbox) {
+    if timeout_s == 0 || !sandbox.desired().is_up() || has_ended(sandbox) {
         return 0;
     }
     now_ms.saturating_add(timeout_s.saturating_mul(1000))
-}
-
-/// Whether it is wanted to hold CPU and memory.
-pub(crate) fn is_up(sandbox: &v1::Sandbox) -> bool {
-    matches!(sandbox.desired(), Desired::Running | Desired::Paused)
 }
 
 impl State {

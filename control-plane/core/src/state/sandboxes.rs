@@ -293,9 +293,8 @@ impl State {
             return v1::Sandbox::default();
         };
         let sandbox = record.sandbox.get_or_insert_default();
-        let is_up = |desired| matches!(desired, Desired::Running | Desired::Paused);
         // Paused or resumed: it stays what it is, and its timeout goes on.
-        let stays_up = is_up(sandbox.desired()) && is_up(desired) && !has_ended(sandbox);
+        let stays_up = sandbox.desired().is_up() && desired.is_up() && !has_ended(sandbox);
         sandbox.set_desired(desired);
         reason.clone_into(&mut sandbox.desired_reason);
         sandbox.generation += 1;
