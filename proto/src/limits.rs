@@ -17,6 +17,10 @@ pub const DATA_CHUNK_MAX: usize = 64 << 10;
 /// tens of milliseconds.
 pub const UNACKED_MAX: usize = 4 << 20;
 
+/// Output of an exec that its client has written and not yet acknowledged stays below this: a guest
+/// agent that is short of memory still keeps this much of each, or it would wait for ever.
+pub const OUTPUT_ACK_STEP: usize = 256 << 10;
+
 /// What a sender of a forwarded connection keeps until it is acknowledged, and what its receiver
 /// grants ahead, per direction: a browser has hundreds of connections at once.
 pub const TCP_WINDOW: usize = 1 << 20;

@@ -5,6 +5,7 @@
 
 mod support;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use support::{BOUND, Client, Random, command, host, resume, sh, start};
@@ -155,6 +156,24 @@ async fn cut_at_random_points_nothing_is_lost_or_doubled() {
         assert!(client.stdout == input && client.stderr == input, "seed {seed:#x}, {cuts} cuts");
         assert!(cuts > 5, "{cuts} cuts");
     }
+}
+
+/// Together they hold more than the agent keeps before it holds each to little.
+#[tokio::test]
+async fn many_at_once_all_get_through_with_little_memory() {
+    let host = Arc::new(host());
+    let input = Arc::new(Random(0x5eed).bytes(2 << 20));
+    let mut all = tokio::task::JoinSet::new();
+    for key in 1..=128 {
+        let (host, input) = (Arc::clone(&host), Arc::clone(&input));
+        all.spawn(async move {
+            let mut client = Client::new(key, input.to_vec());
+            let opened = host.open(start(key, sh("cat")));
+            let out = client.session(opened, usize::MAX).await.unwrap();
+            out.code() == 0 && client.stdout == *input
+        });
+    }
+    assert!(all.join_all().await.into_iter().all(|right| right));
 }
 
 #[tokio::test]

@@ -12,11 +12,11 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use towline_proto::frame::{Frame, FrameError, FrameKind};
-use towline_proto::limits::{DATA_CHUNK_MAX, UNACKED_MAX};
+use towline_proto::limits::{DATA_CHUNK_MAX, OUTPUT_ACK_STEP, UNACKED_MAX};
 use towline_proto::v1;
 
-/// Consumed output is acknowledged in steps of this size: a quarter of the sender's window.
-const ACK_STEP: u64 = (UNACKED_MAX / 4) as u64;
+/// Consumed output is acknowledged in steps of this size.
+const ACK_STEP: u64 = OUTPUT_ACK_STEP as u64;
 /// What a guest may have in flight beyond its window before it is called hostile.
 const WINDOW_SLACK: u64 = DATA_CHUNK_MAX as u64;
 /// Signals waiting to be sent; further ones are dropped, as a kernel merges pending ones.
@@ -202,6 +202,8 @@ pub struct ExecClient {
     size: Option<(u32, u32)>,
     exit: Option<v1::ExecExit>,
     final_ack_due: bool,
+    /// The acknowledgement before may have been lost with its stream.
+    ack_now: bool,
 }
 
 impl ExecClient {
@@ -218,6 +220,7 @@ impl ExecClient {
             size: None,
             exit: None,
             final_ack_due: false,
+            ack_now: false,
             how,
         };
         if let How::Attach(resume) = &new.how {
@@ -315,6 +318,8 @@ impl ExecClient {
         }
         self.stdout.begin_at(started.stdout_offset);
         self.stderr.begin_at(started.stderr_offset);
+        // That we have received something says where to go on, and not that it may be forgotten.
+        self.ack_now = self.started;
         self.started = true;
         self.live = true;
         Ok(Event::Started(started))
@@ -414,12 +419,14 @@ impl ExecClient {
     fn ack_due(&self) -> bool {
         let far = |incoming: &Incoming| incoming.consumed - incoming.acked >= ACK_STEP;
         let all = |incoming: &Incoming| incoming.consumed == incoming.received;
-        far(&self.stdout)
+        self.ack_now
+            || far(&self.stdout)
             || far(&self.stderr)
             || (self.final_ack_due && all(&self.stdout) && all(&self.stderr))
     }
 
     fn ack(&mut self) -> Frame {
+        self.ack_now = false;
         self.stdout.acked = self.stdout.consumed;
         self.stderr.acked = self.stderr.consumed;
         if self.stdout.acked == self.stdout.received && self.stderr.acked == self.stderr.received {

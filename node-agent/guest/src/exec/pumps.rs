@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::io::Errno;
-use towline_proto::limits::{DATA_CHUNK_MAX, DETACHED_OUTPUT_MAX, UNACKED_MAX};
+use towline_proto::limits::{DATA_CHUNK_MAX, DETACHED_OUTPUT_MAX, OUTPUT_ACK_STEP, UNACKED_MAX};
 
 use super::output::Output;
 use super::stdin::{Next, Stdin};
@@ -20,6 +20,8 @@ use crate::nonblocking::NonBlocking;
 const HELD_MAX: usize = 24 << 20;
 /// What each output and input may keep then.
 const PRESSED_MAX: usize = 16 << 10;
+/// The same of an output that has a client: it acknowledges in steps, and the next one must fit.
+const PRESSED_OWNED_MAX: usize = OUTPUT_ACK_STEP + DATA_CHUNK_MAX;
 /// Bytes kept in memory for all execs.
 static HELD: AtomicUsize = AtomicUsize::new(0);
 
@@ -40,12 +42,11 @@ impl State {
 
     /// Bytes that may still be read from the process.
     fn room(&mut self, which: Which) -> usize {
-        let bound = if is_pressed() {
-            PRESSED_MAX
-        } else if self.is_owned() {
-            UNACKED_MAX
-        } else {
-            DETACHED_OUTPUT_MAX
+        let bound = match (is_pressed(), self.is_owned()) {
+            (true, true) => PRESSED_OWNED_MAX,
+            (true, false) => PRESSED_MAX,
+            (false, true) => UNACKED_MAX,
+            (false, false) => DETACHED_OUTPUT_MAX,
         };
         let output = self.output(which);
         if output.holds_back() { bound.saturating_sub(output.held()) } else { DATA_CHUNK_MAX }
@@ -61,9 +62,13 @@ impl State {
         self.counted(|state| f(&mut state.stdin))
     }
 
-    /// Whether more input may be taken: always a little, more while memory is left.
-    pub(crate) fn takes_input(&self) -> bool {
-        !is_pressed() || self.stdin.held() < PRESSED_MAX
+    /// Whether more input may be taken: always a little, more while memory is left. All of it while an
+    /// output is full: what makes room there may come behind it on the stream.
+    pub(crate) fn takes_input(&mut self) -> bool {
+        !is_pressed()
+            || self.stdin.held() < PRESSED_MAX
+            || self.room(Which::Stdout) == 0
+            || self.room(Which::Stderr) == 0
     }
 
     fn counted<T>(&mut self, f: impl FnOnce(&mut Self) -> T) -> T {

@@ -6,29 +6,28 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::mpsc;
 
 use rustix::process::Pid;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::child::Child;
 
 type Answer = io::Result<(Pid, OwnedFd)>;
 
-/// Starts that wait for the thread: more would mean that the kernel hangs in clone.
+/// Starts that the thread is ahead of; more wait their turn, and there are never more than execs.
 const QUEUE_MAX: usize = 64;
 
 /// Hands children to the thread. Dropping it ends the thread.
 #[derive(Debug)]
 pub(crate) struct Spawner {
-    jobs: mpsc::SyncSender<(Child, oneshot::Sender<Answer>)>,
+    jobs: mpsc::Sender<(Child, oneshot::Sender<Answer>)>,
 }
 
 impl Spawner {
     /// Starts the thread; its children land in the pid namespace of `init`'s children, if given.
     pub(crate) fn start(init: Option<Arc<OwnedFd>>) -> io::Result<Self> {
-        let (jobs, inbox) = mpsc::sync_channel::<(Child, oneshot::Sender<Answer>)>(QUEUE_MAX);
-        let (ready, is_ready) = mpsc::channel();
+        let (jobs, mut inbox) = mpsc::channel::<(Child, oneshot::Sender<Answer>)>(QUEUE_MAX);
+        let (ready, is_ready) = std::sync::mpsc::channel();
         std::thread::Builder::new().name("spawner".into()).spawn(move || {
             let entered = init.map_or(Ok(()), |init| {
                 let kinds = rustix::thread::ThreadNameSpaceType::PROCESS_ID;
@@ -36,7 +35,7 @@ impl Spawner {
             });
             let usable = entered.is_ok();
             let _ = ready.send(entered);
-            while usable && let Ok((child, answer)) = inbox.recv() {
+            while usable && let Some((child, answer)) = inbox.blocking_recv() {
                 let _ = answer.send(child.spawn());
             }
         })?;
@@ -47,9 +46,8 @@ impl Spawner {
     /// Clones the child.
     pub(crate) async fn spawn(&self, child: Child) -> Answer {
         let (answer, answered) = oneshot::channel();
-        self.jobs.try_send((child, answer)).map_err(|_| {
-            io::Error::new(io::ErrorKind::WouldBlock, "too many commands are being started")
-        })?;
-        answered.await.map_err(|_| io::Error::other("the spawner thread died"))?
+        let died = || io::Error::other("the spawner thread died");
+        self.jobs.send((child, answer)).await.map_err(|_| died())?;
+        answered.await.map_err(|_| died())?
     }
 }

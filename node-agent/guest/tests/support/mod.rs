@@ -9,7 +9,7 @@ use towline_guest_agent::exec::{self, ExecTable};
 use towline_guest_agent::settings::Settings;
 use towline_guest_agent::workload::Workload;
 use towline_proto::frame::{Frame, FrameKind};
-use towline_proto::limits::{DATA_CHUNK_MAX, UNACKED_MAX};
+use towline_proto::limits::{DATA_CHUNK_MAX, OUTPUT_ACK_STEP, UNACKED_MAX};
 use towline_proto::v1::{
     ExecAck, ExecExit, ExecOpen, ExecResume, ExecStart, ExecStarted, StreamError, exec_open::How,
     exit_status,
@@ -119,13 +119,15 @@ pub(crate) struct Client {
     pub(crate) key: u8,
     input: Vec<u8>,
     acked: usize,
+    /// Output of both kinds that was acknowledged on this stream.
+    told: usize,
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: Vec<u8>,
 }
 
 impl Client {
     pub(crate) fn new(key: u8, input: Vec<u8>) -> Self {
-        Self { key, input, acked: 0, stdout: Vec::new(), stderr: Vec::new() }
+        Self { key, input, acked: 0, told: 0, stdout: Vec::new(), stderr: Vec::new() }
     }
 
     pub(crate) fn resume(&self) -> ExecOpen {
@@ -158,6 +160,9 @@ impl Client {
         assert_eq!(started.stdout_offset, self.stdout.len() as u64);
         assert_eq!(started.stderr_offset, self.stderr.len() as u64);
         self.acked = wanted;
+        // What was acknowledged before may have been lost with its stream.
+        self.told = 0;
+        self.send_ack(&mut writer).await;
         let (mut sent, mut passed, mut eof_sent) = (wanted, 0, false);
         loop {
             if passed >= cut {
@@ -184,17 +189,13 @@ impl Client {
                     }
                 }
                 (sent, passed) = (sent + len, passed + len);
-                let mut ack = false;
                 for frame in frames {
                     passed += frame.body.len();
-                    ack = true;
                     if let Some(exit) = self.take(&frame) {
                         return Some(exit);
                     }
                 }
-                if ack {
-                    self.send_ack(&mut writer).await;
-                }
+                self.send_ack(&mut writer).await;
                 continue;
             }
             if sent == self.input.len() && !eof_sent {
@@ -210,7 +211,13 @@ impl Client {
         }
     }
 
-    async fn send_ack(&self, writer: &mut FrameWriter<WriteHalf<DuplexStream>>) {
+    /// In steps, as `tow` does.
+    async fn send_ack(&mut self, writer: &mut FrameWriter<WriteHalf<DuplexStream>>) {
+        let received = self.stdout.len() + self.stderr.len();
+        if received < self.told + OUTPUT_ACK_STEP && (self.told > 0 || received == 0) {
+            return;
+        }
+        self.told = received;
         let ack = ExecAck {
             stdout_offset: self.stdout.len() as u64,
             stderr_offset: self.stderr.len() as u64,
