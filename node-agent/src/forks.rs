@@ -136,9 +136,9 @@ impl Forks {
             }
         };
         let made = outcome.wait_for(Option::is_some).await;
-        made.ok()
-            .and_then(|made| made.clone())
-            .unwrap_or_else(|| Err(lasting("the node could not save what it is a copy of".into())))
+        made.ok().and_then(|made| made.clone()).unwrap_or_else(|| {
+            Err(lasting(format!("the node could not save what it is a copy of: {AGAIN}")))
+        })
     }
 
     /// A moment that was made; an error if this driver could not restore it.
@@ -299,7 +299,7 @@ impl Source {
             }
             Ok(())
         });
-        copied.await.unwrap_or_else(|error| Err(lasting(format!("saving it broke: {error}"))))
+        copied.await.unwrap_or_else(|error| Err(not_saved(&io::Error::other(error))))
     }
 }
 
@@ -313,7 +313,7 @@ fn link_or_copy(from: &Path, to: &Path) -> io::Result<()> {
 
 #[expect(clippy::needless_pass_by_value, reason = "as `map_err` gives it")]
 fn no_disk(error: DiskError) -> Failure {
-    lasting(crate::chain(&error))
+    lasting(format!("{}: {AGAIN}", crate::chain(&error)))
 }
 
 fn not_saved(error: &io::Error) -> Failure {

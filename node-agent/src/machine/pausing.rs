@@ -41,7 +41,7 @@ impl Machine {
     pub async fn resume(self: Arc<Self>, run: Run, assignment: Assignment) {
         let sandbox = assignment.sandbox;
         let resumed = match self.guests.get(sandbox) {
-            Some(guest) => self.resume_attended(&guest).await,
+            Some(guest) => resume_attended(&guest).await,
             None => self.adopt_vm(run, &assignment).await.map(drop),
         };
         let input = match resumed {
@@ -52,21 +52,6 @@ impl Machine {
             }
         };
         self.tell(input).await;
-    }
-
-    async fn resume_attended(&self, guest: &Guest) -> Result<(), Failure> {
-        let mut paused = guest.orders.lock().await;
-        let resumed = timeout(ORDER_MAX, guest.vm.resume()).await;
-        if !matches!(resumed, Ok(Ok(_))) {
-            end(&guest.vm).await;
-            return Err(lasting(format!("the VM does not go on: {}", why(resumed))));
-        }
-        *paused = false;
-        let clock = guest_command::Command::SetClock(SetClock { unix_ns: unix_ns() });
-        if !guest.command(GuestCommand { command: Some(clock) }) {
-            tracing::warn!(sandbox = %guest.sandbox, "guest takes no commands, its clock is late");
-        }
-        Ok(())
     }
 
     /// `Effect::AdoptVm` of one that should be paused: it is halted, and only its end is seen.
@@ -100,6 +85,21 @@ async fn pause_attended(guest: &Guest) -> Result<(), String> {
         }
         failed => Err(why(failed)),
     }
+}
+
+async fn resume_attended(guest: &Guest) -> Result<(), Failure> {
+    let mut paused = guest.orders.lock().await;
+    let resumed = timeout(ORDER_MAX, guest.vm.resume()).await;
+    if !matches!(resumed, Ok(Ok(_))) {
+        end(&guest.vm).await;
+        return Err(lasting(format!("the VM does not go on: {}", why(resumed))));
+    }
+    *paused = false;
+    let clock = guest_command::Command::SetClock(SetClock { unix_ns: unix_ns() });
+    if !guest.command(GuestCommand { command: Some(clock) }) {
+        tracing::warn!(sandbox = %guest.sandbox, "guest takes no commands, its clock is late");
+    }
+    Ok(())
 }
 
 /// Why an order with a bound failed.

@@ -20,9 +20,7 @@ use crate::guest::{
 const SHAPE: VmShape = VmShape { cpus: 1, memory_mib: 320 };
 
 /// What programs can see of a machine, a line each, but for time, load, and what is each one's own
-/// by intent, or by the kernel's: `user_reserve_kbytes` is 1/32 of what happened to be free at an
-/// early moment of a boot, and no two boots agree on it. One program: processes are dear in an
-/// emulated guest.
+/// by intent. One program: processes are dear in an emulated guest.
 const LOOK_AROUND: &str = r#"
 sub slurp { my $text = ""; if (open my $file, "<", $_[0]) { local $/; $text = <$file> // $!; } else { $text = "$!\n" } $text }
 sub say_all { my ($what, $text) = @_; print "$what: $_\n" for split /\n/, $text }
@@ -44,12 +42,17 @@ sub walk {
   }
 }
 walk(sub { my $p = $_[0]; print "setting: $p ", slurp($p) =~ s/\n/ /gr, "\n" if -f $p && -r $p }, "/proc/sys",
-  qr{/random/|/user_reserve_kbytes$|nr-?_|_nr$|-nr$|-state$|ns_last_pid|/quota/|/pty/nr|stable_secret|netdev_rss_key|dentry|inode});
+  qr{/random/|nr-?_|_nr$|-nr$|-state$|ns_last_pid|/quota/|/pty/nr|stable_secret|netdev_rss_key|dentry|inode});
 walk(sub { my @s = lstat $_[0]; my $to = readlink($_[0]) // ""; printf "file: %s %o %d:%d %d %s\n", $_[0], $s[2], $s[4], $s[5], $s[2] & 0x4000 ? 0 : $s[7], $to },
   "/", qr{^/(proc|sys|lib/modules|usr/lib/modules)/});
 walk(sub { print "device: $_[0] ", readlink($_[0]) // "", "\n" }, $_) for qw(/sys/bus/virtio /sys/class/net /sys/class/block /sys/class/misc);
 for my $disk (map { "/sys/block/$_" } names("/sys/block")) { print "disk: $disk ", map({ slurp("$disk/$_") =~ s/\n/ /r } qw(size ro serial)), "\n" }
 "#;
+
+/// 1/32 of what was free at an early moment of a boot, in KiB: no two boots agree on the last digit.
+const RESERVE: &str = "setting: /proc/sys/vm/user_reserve_kbytes ";
+/// By how much it may differ, in KiB: for 2 MiB more or less that were free.
+const RESERVE_SLACK: u64 = 64;
 
 /// Everything that a machine draws for itself, a line each.
 const DRAW: &str = r#"
@@ -145,7 +148,16 @@ async fn look_around(guest: &Guest) -> String {
 }
 
 fn compare(warm: &str, booted: &str) {
-    let lines = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+    let reserve = |text: &str| -> u64 {
+        let line = text.lines().find_map(|line| line.strip_prefix(RESERVE));
+        line.expect("the reserve").trim().parse().unwrap()
+    };
+    let (one, other) = (reserve(warm), reserve(booted));
+    assert!(one.abs_diff(other) <= RESERVE_SLACK, "{RESERVE}{one} and {other}");
+    let lines = |text: &str| {
+        let same = text.lines().filter(|line| !line.starts_with(RESERVE));
+        same.map(str::to_owned).collect::<BTreeSet<_>>()
+    };
     let (warm, booted) = (lines(warm), lines(booted));
     let only_warm: Vec<_> = warm.difference(&booted).collect();
     let only_booted: Vec<_> = booted.difference(&warm).collect();

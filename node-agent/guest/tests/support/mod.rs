@@ -119,7 +119,7 @@ pub(crate) struct Client {
     pub(crate) key: u8,
     input: Vec<u8>,
     acked: usize,
-    /// Output of both kinds that was acknowledged on this stream.
+    /// Output of both kinds that was acknowledged.
     told: usize,
     pub(crate) stdout: Vec<u8>,
     pub(crate) stderr: Vec<u8>,
@@ -161,7 +161,6 @@ impl Client {
         assert_eq!(started.stderr_offset, self.stderr.len() as u64);
         self.acked = wanted;
         // What was acknowledged before may have been lost with its stream.
-        self.told = 0;
         self.send_ack(&mut writer).await;
         let (mut sent, mut passed, mut eof_sent) = (wanted, 0, false);
         loop {
@@ -195,7 +194,7 @@ impl Client {
                         return Some(exit);
                     }
                 }
-                self.send_ack(&mut writer).await;
+                self.ack_steps(&mut writer).await;
                 continue;
             }
             if sent == self.input.len() && !eof_sent {
@@ -207,17 +206,23 @@ impl Client {
             if let Some(exit) = self.take(&frame) {
                 return Some(exit);
             }
-            self.send_ack(&mut writer).await;
+            self.ack_steps(&mut writer).await;
         }
     }
 
     /// In steps, as `tow` does.
-    async fn send_ack(&mut self, writer: &mut FrameWriter<WriteHalf<DuplexStream>>) {
-        let received = self.stdout.len() + self.stderr.len();
-        if received < self.told + OUTPUT_ACK_STEP && (self.told > 0 || received == 0) {
-            return;
+    async fn ack_steps(&mut self, writer: &mut FrameWriter<WriteHalf<DuplexStream>>) {
+        if self.received() >= self.told + OUTPUT_ACK_STEP {
+            self.send_ack(writer).await;
         }
-        self.told = received;
+    }
+
+    fn received(&self) -> usize {
+        self.stdout.len() + self.stderr.len()
+    }
+
+    async fn send_ack(&mut self, writer: &mut FrameWriter<WriteHalf<DuplexStream>>) {
+        self.told = self.received();
         let ack = ExecAck {
             stdout_offset: self.stdout.len() as u64,
             stderr_offset: self.stderr.len() as u64,
