@@ -101,6 +101,23 @@ async fn runs_the_machines_own_programs(driver: &dyn Hypervisor) {
     let (mut reader, mut writer) = guest.open_stream(Kind::Exec(open)).await;
     let out = to_the_end(&mut reader, &mut writer).await;
     assert_eq!((out.code, out.stdout), (0, sha256_of(&big)), "{}", out.stderr);
+    is_killed_while_it_waits(driver, guest, &counter).await;
+}
+
+/// A command waits for the node before it has even begun, and the sandbox is killed: it ends whole.
+async fn is_killed_while_it_waits(driver: &dyn Hypervisor, guest: Guest, counter: &Counter) {
+    counter.swallow_from.store(0, Ordering::Relaxed);
+    let before = counter.requests.load(Ordering::Relaxed);
+    let (_reader, _writer) = guest.open(start(&["base32", "--version"])).await;
+    let asked = async {
+        while counter.requests.load(Ordering::Relaxed) == before {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(BOOT_MAX, asked).await.expect("its program is looked for");
+    guest.vm.kill().unwrap();
+    tokio::time::timeout(BOOT_MAX, guest.vm.wait_exit()).await.expect("it ends");
+    assert!(driver.adopt(guest.vm.dir()).unwrap().is_none());
 }
 
 fn sha256_of(file: &Path) -> String {

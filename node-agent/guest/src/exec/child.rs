@@ -56,6 +56,8 @@ pub(crate) struct Child {
     shell_argv: Vec<*const c_char>,
     stdio: [OwnedFd; 3],
     report: OwnedFd,
+    /// The number of `report`, which the child moves.
+    report_number: RawFd,
     /// A pidfd of the workload's init, whose namespaces are entered.
     namespaces: Option<Arc<OwnedFd>>,
     /// The cgroup's directory.
@@ -81,7 +83,8 @@ impl Child {
         let env = pointers(&plan.env);
         let mut shell_argv = vec![plan.shell.as_ptr(), ptr::null()];
         shell_argv.extend(argv.iter().skip(1));
-        Self { argv, env, shell_argv, plan, stdio, report, namespaces, cgroup }
+        let report_number = report.as_raw_fd();
+        Self { argv, env, shell_argv, plan, stdio, report, report_number, namespaces, cgroup }
     }
 
     /// Clones; the child runs the plan and never returns. Returns its pid and pidfd.
@@ -134,7 +137,7 @@ impl Child {
         bytes[0] = stage as u8;
         bytes[1..].copy_from_slice(&number.to_le_bytes());
         // SAFETY: `bytes` is valid for its length. Nothing can be done if it fails.
-        unsafe { libc::write(self.report.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) };
+        unsafe { libc::write(self.report_number, bytes.as_ptr().cast(), bytes.len()) };
     }
 
     /// Returns only a failure.
@@ -177,19 +180,26 @@ impl Child {
         true
     }
 
-    fn take_stdio(&self) -> bool {
+    /// Keeps its standard descriptors and the report, and closes the others now rather than at execve:
+    /// looking up its program may wait for a local image, and a child that waits with a copy of the
+    /// FUSE device would keep waiting when the agent is killed, as only the device's last end tells
+    /// the kernel that nobody will answer. A process that waits like that cannot be killed.
+    fn take_stdio(&mut self) -> bool {
+        const REPORT: RawFd = 3;
         // SAFETY: plain system calls on open descriptors. All are above 2 (the agent keeps 0 to 2
-        // open), so no dup2 overwrites one that is still needed; the rest closes at execve.
+        // open), so no dup2 overwrites one that is still needed.
         unsafe {
             for (target, fd) in (0..3).zip(&self.stdio) {
                 if libc::dup2(fd.as_raw_fd(), target) < 0 {
                     return false;
                 }
             }
-            let keep_nothing = libc::syscall(libc::SYS_close_range, 3, u32::MAX, CLOEXEC_RANGE);
-            if keep_nothing != 0 {
+            let report = self.report.as_raw_fd();
+            let moved = report == REPORT || libc::dup3(report, REPORT, libc::O_CLOEXEC) == REPORT;
+            if !moved || libc::syscall(libc::SYS_close_range, REPORT + 1, u32::MAX, 0) != 0 {
                 return false;
             }
+            self.report_number = REPORT;
             if self.plan.terminal.is_some() && libc::ioctl(0, libc::TIOCSCTTY, 0) != 0 {
                 return false;
             }
@@ -261,7 +271,6 @@ impl Child {
 const FILES_SOFT: u64 = 65_536;
 const FILES_HARD: u64 = 1 << 20;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
-const CLOEXEC_RANGE: u32 = 4;
 
 /// `struct clone_args`, up to the cgroup (kernel 5.7).
 #[repr(C)]
