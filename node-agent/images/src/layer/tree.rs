@@ -100,6 +100,10 @@ impl<'l> Tree<'l> {
             self.set_folder(Vec::new(), meta_of(header), archive);
             return Ok(());
         };
+        if components(parent).any(|name| name.starts_with(b".wh..wh.")) {
+            // Bookkeeping of aufs, a folder of it.
+            return Ok(());
+        }
         if name == b".wh..wh..opq" {
             let folder = self.resolve(parent, Some(archive))?;
             self.make_opaque(&folder, archive);
@@ -214,6 +218,9 @@ impl<'l> Tree<'l> {
                 }
                 Seen::Nothing => {
                     if let Some(archive) = make_for {
+                        if name.starts_with(b".wh.") {
+                            return Err("a folder that has the name of a whiteout".into());
+                        }
                         self.set_folder(next.clone(), Meta::default(), archive);
                     }
                     at = next;
@@ -537,6 +544,8 @@ mod tests {
         );
         // A folder that was removed and made anew.
         check(&[file(".wh.d"), folder("d"), file("d/n")], &["d"], &["d/a", "d/b", "d/s"], &["d/n"]);
+        // What aufs kept for itself.
+        check(&[folder(".wh..wh.plnk"), file(".wh..wh.plnk/9.1"), file("n")], &[], &[], &["n"]);
     }
 
     #[test]
@@ -603,10 +612,14 @@ mod tests {
             (Header { device: (0, 0), ..entry(Type::Character, "c", "") }, "whiteout"),
             (file(".wh."), "whiteout"),
             (file(".wh..."), "whiteout"),
+            (file("d/.wh.a/x"), "whiteout"),
+            (file("d/.wh./.wh..wh..opq"), "whiteout"),
         ] {
             let error = build(&lower(), &[vec![entry]]).unwrap_err();
             assert!(error.contains(why), "{error} / {why}");
         }
+        let link = vec![entry(Type::Symlink, "p", "d/.wh.a"), file("p/x")];
+        assert!(build(&lower(), &[link]).unwrap_err().contains("whiteout"));
         let circle =
             vec![entry(Type::Symlink, "p", "q"), entry(Type::Symlink, "q", "p"), file("p/x")];
         assert!(build(&lower(), &[circle]).unwrap_err().contains("circle"));
