@@ -5,7 +5,7 @@ SHELL := /bin/sh
 
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 GUEST_TRIPLE := x86_64-unknown-linux-gnu
-BINARIES := -p towline-client -p towline-control-plane -p towline-node-agent
+BINARIES := -p towline-client -p towline-control-plane -p towline-node-agent -p towline-node-helper
 
 .PHONY: help setup build release guest kernel demo test test-nested lint docs unit soak sim fuzz bench bench-nested clean
 

@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use towline_link::identity::check_name;
@@ -15,6 +16,10 @@ use crate::hypervisor::qemu::AccelChoice;
 
 /// Names the static guest agent when the file does not.
 pub const GUEST_AGENT_VARIABLE: &str = "TOWLINE_GUEST_AGENT";
+/// Names the socket of the node's helper when the file does not.
+pub const HELPER_VARIABLE: &str = "TOWLINE_HELPER";
+/// Leases that can be kept: a restart of the node agent must fit in.
+const LEASE_S: std::ops::RangeInclusive<u64> = 10..=3600;
 /// The static guest agent's file beside this program.
 const GUEST_AGENT_FILE: &str = "towline-guest-agent-static";
 
@@ -35,6 +40,8 @@ const KEYS: &[&str] = &[
     "vmm",
     "cloud_hypervisor",
     "landlock",
+    "helper",
+    "lease_s",
     "guest_console",
     "warm",
     "private_registries",
@@ -119,6 +126,10 @@ pub struct Config {
     pub cloud_hypervisor: Option<PathBuf>,
     /// Runs VMs only where the kernel keeps a VMM to its own files whole (landlock's ABI 3).
     pub landlock_required: bool,
+    /// Where the node's helper listens, which starts VMMs. Without one they run as this user.
+    pub helper: Option<PathBuf>,
+    /// Has the helper kill all VMs when the node agent has been gone for so long; never by default.
+    pub lease: Option<Duration>,
     /// Keeps each guest's console in a file, for debugging.
     pub guest_console: bool,
     /// Keeps guests that have booted as templates, and starts from them (the default).
@@ -170,6 +181,8 @@ struct File {
     vmm: Option<String>,
     cloud_hypervisor: Option<PathBuf>,
     landlock: Option<String>,
+    helper: Option<PathBuf>,
+    lease_s: Option<u64>,
     #[serde(default)]
     guest_console: bool,
     warm: Option<bool>,
@@ -249,12 +262,34 @@ impl Config {
                     )));
                 }
             },
+            lease: lease(file.lease_s, file.helper.as_deref()).map_err(value)?,
+            helper: file.helper.or_else(helper_of_environment),
             guest_console: file.guest_console,
             warm: file.warm.unwrap_or(true),
             private_registries: file.private_registries,
             egress: OperatorRules::parse(file.egress.allow).map_err(value)?,
             isolation_process: file.isolation_process,
         })
+    }
+}
+
+/// A helper that the environment names, for a cluster that `tow up` configures.
+fn helper_of_environment() -> Option<PathBuf> {
+    Some(std::env::var_os(HELPER_VARIABLE).filter(|path| !path.is_empty())?.into())
+}
+
+fn lease(seconds: Option<u64>, helper: Option<&Path>) -> Result<Option<Duration>, String> {
+    match (seconds, helper) {
+        (None, _) => Ok(None),
+        (Some(_), None) => Err("`lease_s` needs a `helper`, which alone can outlive this".into()),
+        (Some(seconds), Some(_)) if LEASE_S.contains(&seconds) => {
+            Ok(Some(Duration::from_secs(seconds)))
+        }
+        (Some(seconds), Some(_)) => Err(format!(
+            "`lease_s` is {seconds}; {} to {} is expected",
+            LEASE_S.start(),
+            LEASE_S.end()
+        )),
     }
 }
 
@@ -336,6 +371,8 @@ mod tests {
         assert!(error("accel = \"xen\"").contains("auto, kvm or tcg"));
         assert!(error("landlock = \"yes\"").contains("auto or required"));
         assert!(error("vmm = \"xen\"").contains("auto, qemu or cloud-hypervisor"));
+        assert!(error("lease_s = 20").contains("needs a `helper`"));
+        assert!(error("helper = '/h'\nlease_s = 1").contains("10 to 3600"));
         assert!(error("link_listen = \"here\"").contains("`link_listen` is `here`"));
         assert!(error("cpus = \"two\"").contains("cpus"));
         assert!(error("egress.alow = []").contains("did you mean `allow`?"));

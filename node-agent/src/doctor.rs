@@ -5,6 +5,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
+use towline_node_helper::client::Helper;
 
 use crate::config::{Config, VmmChoice};
 use crate::hypervisor::{cloud_hypervisor, confine, qemu};
@@ -90,10 +91,12 @@ impl Check {
 /// Looks at everything; what depends on it by `config`, or else as without one.
 pub async fn check(config: Option<&Config>) -> Vec<Check> {
     let vmm = config.map(|config| config.vmm).unwrap_or_default();
-    let mut checks = vec![processor(), kvm()];
+    let helper_socket = config.and_then(|config| config.helper.as_deref());
+    let mut checks = vec![processor(), kvm(helper_socket.is_some())];
     checks.extend(vmms(vmm, config.and_then(|config| config.cloud_hypervisor.clone())));
     checks.push(landlock(config.is_some_and(|config| config.landlock_required)));
-    checks.push(userfaultfd());
+    checks.push(userfaultfd(helper_socket.is_some()));
+    checks.push(helper(helper_socket));
     checks.extend(PROGRAMS.iter().map(|(name, package, without)| program(name, package, without)));
     checks.push(descriptors());
     match config {
@@ -131,8 +134,11 @@ fn processor() -> Check {
     }
 }
 
-fn kvm() -> Check {
+fn kvm(by_helper: bool) -> Check {
     const NAME: &str = "kvm";
+    if by_helper && Path::new(KVM).exists() {
+        return Check::ok(NAME, format!("{KVM} is there, for VMMs by the helper"));
+    }
     match File::options().read(true).write(true).open(KVM) {
         Ok(_) => Check::ok(NAME, format!("{KVM} opens")),
         Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => Check::note(
@@ -180,9 +186,10 @@ fn landlock(required: bool) -> Check {
     }
 }
 
-fn userfaultfd() -> Check {
+fn userfaultfd(by_helper: bool) -> Check {
     const NAME: &str = "userfaultfd";
-    if cloud_hypervisor::has_userfaultfd() {
+    let is_there = || Path::new(cloud_hypervisor::USERFAULTFD).exists();
+    if cloud_hypervisor::has_userfaultfd() || (by_helper && is_there()) {
         return Check::ok(NAME, "saved memory comes as it is used");
     }
     Check::note(
@@ -190,6 +197,23 @@ fn userfaultfd() -> Check {
         "not for this user: a warm start or a copy under Cloud Hypervisor reads all of its memory",
         "setfacl -m u:USER:rw /dev/userfaultfd",
     )
+}
+
+/// Whether VMMs have users of their own.
+fn helper(socket: Option<&Path>) -> Check {
+    const NAME: &str = "helper";
+    const TODO: &str = "run towline-node-helper as root, and set `helper` to its socket";
+    let Some(socket) = socket else {
+        let found = "none: all VMMs run as the node agent's user, without cgroups";
+        return Check::note(NAME, found, TODO);
+    };
+    match Helper::new(socket).list() {
+        Ok(running) => {
+            let found = format!("`{}` answers, {} VMMs run", socket.display(), running.len());
+            Check::ok(NAME, found)
+        }
+        Err(error) => Check::missing(NAME, chain(&error), TODO),
+    }
 }
 
 fn program(name: &'static str, package: &str, without: &str) -> Check {

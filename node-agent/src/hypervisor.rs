@@ -5,7 +5,7 @@
 //! agent adopts it by (boot id, pid, start time, executable) or by the directory that it runs in.
 
 pub mod cloud_hypervisor;
-pub mod confine;
+pub(crate) mod launch;
 mod probe;
 pub mod process;
 mod processes;
@@ -23,6 +23,8 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use towline_proto::v1::Isolation;
 
+pub use launch::Starter;
+pub use towline_node_helper::confine;
 pub(crate) use vm::connect;
 pub use vm::{Vm, VmExit, VmIdentity, Vmm};
 
@@ -282,6 +284,9 @@ pub enum HypervisorError {
          in its `lsm=`, or set landlock = \"auto\" to run VMs without"
     )]
     NoLandlock(String),
+    /// The helper did not do it, or cannot be asked.
+    #[error(transparent)]
+    Helper(#[from] towline_node_helper::client::HelperError),
     /// KVM was asked for by name and does not work.
     #[error(
         "accel = \"kvm\" was asked for, but {0}; use accel = \"auto\" to fall back to emulation"

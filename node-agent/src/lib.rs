@@ -29,6 +29,7 @@ mod image_pull;
 pub mod images;
 pub mod initramfs;
 pub mod kernel;
+mod lease;
 mod local_image;
 pub mod machine;
 pub mod membership;
@@ -50,6 +51,7 @@ use tokio::sync::{mpsc, watch};
 use towline_images::registry::Private;
 use towline_link::endpoint::LinkServer;
 use towline_node_core::NodeAgent;
+use towline_node_helper::client::Helper;
 use towline_proto::v1::{Driver as DriverInfo, Isolation, RegisterNode};
 
 use config::{Config, VmmChoice};
@@ -62,10 +64,10 @@ use forks::Forks;
 use gates::Gates;
 use guests::Guests;
 use hypervisor::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
-use hypervisor::confine;
+use hypervisor::launch::require_landlock;
 use hypervisor::process::Process;
 use hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
-use hypervisor::{Hypervisor, HypervisorError, Hypervisors, Vm, Vmm};
+use hypervisor::{Hypervisor, HypervisorError, Hypervisors, Starter, Vm, Vmm};
 use images::Images;
 use machine::Machine;
 use membership::Membership;
@@ -93,13 +95,23 @@ pub fn prepare(config: &Config) -> anyhow::Result<QemuConfig> {
         kernel::ensure(&config.cache_dir, &progress).context("getting the guest kernel")?;
     let initramfs = initramfs::ensure(&config.cache_dir, &kernel, &config.guest_agent)
         .context("making the guest's initramfs")?;
-    let (cache_dir, accel) = (config.cache_dir.clone(), config.accel);
-    Ok(QemuConfig { cache_dir, kernel, initramfs, accel })
+    let (cache_dir, accel, starter) = (config.cache_dir.clone(), config.accel, starter(config));
+    Ok(QemuConfig { cache_dir, kernel, initramfs, accel, starter })
+}
+
+/// Who starts VMMs, as configured.
+fn starter(config: &Config) -> Starter {
+    let helper = config.helper.as_ref().map(|socket| Arc::new(Helper::new(socket)));
+    helper.map_or(Starter::Own, Starter::Helper)
 }
 
 /// Runs a node agent with the drivers of this machine until `stop` is ready. VMs live on.
 pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let store = Arc::new(Store::open(&config.data_dir)?);
+    let helper = config.helper.as_ref().map(|socket| Arc::new(Helper::new(socket)));
+    if let Some(helper) = &helper {
+        lease::renew(helper, config.lease).await.context("`helper` is configured")?;
+    }
     let wanted = config.clone();
     let qemu = tokio::task::spawn_blocking(move || prepare(&wanted)).await??;
     let running = running_vmm(&store);
@@ -121,7 +133,15 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
         own: Own::of_machine(config.control_plane.clone(), config.link_advertise.as_deref()),
         resolver: Arc::new(SystemResolver::default()),
     };
-    run(config, store, Hypervisors::new(drivers), outside, Path::new("/"), stop).await
+    let lease = config.lease;
+    let running = run(config, store, Hypervisors::new(drivers), outside, Path::new("/"), stop);
+    match (&helper, lease) {
+        (Some(helper), Some(lease)) => tokio::select! {
+            result = running => result,
+            never = lease::renew_forever(helper, lease) => match never {},
+        },
+        _ => running.await,
+    }
 }
 
 /// What VMs of an earlier node agent run under, if there are some.
@@ -137,7 +157,7 @@ async fn vm_driver(
     qemu: QemuConfig,
 ) -> Result<Arc<dyn Hypervisor>, HypervisorError> {
     if config.landlock_required {
-        confine::require(confine::abi())?;
+        require_landlock(hypervisor::confine::abi())?;
     }
     let choice = match (config.vmm, running) {
         (choice, None)
@@ -158,8 +178,8 @@ async fn vm_driver(
         }
     };
     if let Some(program) = wanted {
-        let QemuConfig { cache_dir, kernel, initramfs, .. } = qemu.clone();
-        let wanted = CloudHypervisorConfig { cache_dir, program, kernel, initramfs };
+        let QemuConfig { cache_dir, kernel, initramfs, starter, .. } = qemu.clone();
+        let wanted = CloudHypervisorConfig { cache_dir, program, kernel, initramfs, starter };
         match CloudHypervisor::new(wanted).await {
             Ok(driver) => return Ok(Arc::new(driver)),
             Err(error) if choice == VmmChoice::CloudHypervisor => return Err(error),

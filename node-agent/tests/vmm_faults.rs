@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use towline_node_agent::hypervisor::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
-use towline_node_agent::hypervisor::{Hypervisor, HypervisorError, VmSpec};
+use towline_node_agent::hypervisor::{Hypervisor, HypervisorError, Starter, VmSpec};
 use towline_node_agent::kernel::Kernel;
 
 /// The orders of a start, in their order.
@@ -35,6 +35,7 @@ fn driver(dir: &Path, fault: &str) -> Result<CloudHypervisor, HypervisorError> {
             modules_disk: None,
         },
         initramfs: vmlinux,
+        starter: Starter::Own,
     })
 }
 

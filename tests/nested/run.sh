@@ -58,7 +58,7 @@ for program; do
   # Tests are called NAME-HASH.
   strip -o "$work/bring/${name%-????????????????}" "$program"
 done
-for name in tow towline-control-plane towline-node-agent; do
+for name in tow towline-control-plane towline-node-agent towline-node-helper; do
   strip -o "$work/bring/$name" "$bin/$name"
 done
 cp "$vmm" "$work/bring/cloud-hypervisor"

@@ -9,7 +9,7 @@ mod api;
 mod config;
 mod snapshot;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -19,13 +19,14 @@ use futures_util::future::BoxFuture;
 use tokio::time::timeout;
 use towline_proto::v1::Isolation;
 
-use super::confine::{self, Allowed, Limits};
+use super::confine::{self, Files};
+use super::launch::{Launch, Life, limits};
 use super::probe::{self, Subject};
 use super::template::{Fits, Saves, Templates};
-use super::vm::{LOG_FILE, remove_stale};
+use super::vm::remove_stale;
 use super::{
-    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmExit, VmShape, VmSpec,
-    Vmm, vm,
+    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Starter, Vm, VmExit, VmShape,
+    VmSpec, Vmm,
 };
 use crate::kernel::Kernel;
 use api::{API_SOCKET, Api};
@@ -52,7 +53,7 @@ const PLUG_MAX: Duration = Duration::from_secs(20);
 const RESTORE_MAX: Duration = Duration::from_secs(60);
 /// What `vm.info` calls a VM that is halted.
 const PAUSED: &str = "Paused";
-const USERFAULTFD: &str = "/dev/userfaultfd";
+pub(crate) const USERFAULTFD: &str = "/dev/userfaultfd";
 /// Booting it loads kernel and initramfs, and asks KVM for all that it has.
 const BOOT_MAX: Duration = Duration::from_secs(60);
 
@@ -67,6 +68,8 @@ pub struct CloudHypervisorConfig {
     pub kernel: Kernel,
     /// Its initramfs.
     pub initramfs: PathBuf,
+    /// Who starts it.
+    pub starter: Starter,
 }
 
 /// The driver.
@@ -77,6 +80,7 @@ pub struct CloudHypervisor {
     initramfs: PathBuf,
     capabilities: Capabilities,
     templates: Option<Templates>,
+    starter: Starter,
 }
 
 /// How a VM begins.
@@ -132,6 +136,7 @@ impl CloudHypervisor {
             version: &driver.capabilities.version,
             kernel: &driver.kernel,
             initramfs: &driver.initramfs,
+            starter: &driver.starter,
         };
         let boot = async |spec: &VmSpec| driver.start(spec, Start::Probe).await;
         probe::verdict(subject, boot).await.map_err(HypervisorError::NoKvm)?;
@@ -146,8 +151,7 @@ impl CloudHypervisor {
         })?;
         let (version, major) = version(&program)?;
         let landlock = confine::is_available();
-        let mut missing =
-            vec!["cgroups: a VM's memory is bounded by limits, its CPU and IO are not".to_owned()];
+        let mut missing = config.starter.missing();
         if !landlock {
             missing.push("landlock: this kernel cannot keep the VMM to its own files".to_owned());
         }
@@ -174,8 +178,9 @@ impl CloudHypervisor {
             process_limit: true,
             missing,
         };
-        let CloudHypervisorConfig { cache_dir, kernel, initramfs, .. } = config.clone();
-        let mut driver = Self { program, kernel, initramfs, capabilities, templates: None };
+        let CloudHypervisorConfig { cache_dir, kernel, initramfs, starter, .. } = config.clone();
+        let templates = None;
+        let mut driver = Self { program, kernel, initramfs, capabilities, templates, starter };
         if driver.capabilities.snapshot {
             let fits = Fits {
                 program: &driver.program,
@@ -191,67 +196,49 @@ impl CloudHypervisor {
 
     /// Starts the process of a VM, which has no VM yet.
     fn spawn(&self, spec: &VmSpec, start: Start<'_>) -> Result<Vm, HypervisorError> {
-        let io = HypervisorError::io;
         for name in [LINK_SOCKET, API_SOCKET] {
             remove_stale(&spec.dir.join(name))?;
         }
-        let log_path = spec.dir.join(LOG_FILE);
-        let log = File::create(&log_path).map_err(io("create", &log_path))?;
-        let log_too = log.try_clone().map_err(io("open", &log_path))?;
-        let mut command = Command::new(&self.program);
-        command
-            .args(["--api-socket", &format!("path={API_SOCKET}"), "--seccomp", "true"])
-            .current_dir(&spec.dir)
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(log)
-            .stderr(log_too);
-        let rules = if self.capabilities.landlock {
-            let rules = confine::prepare(&self.allowed(spec, start));
-            let failed = |error| io::Error::other(format!("landlock: {error}"));
-            Some(rules.map_err(failed).map_err(io("confine the VM in", &spec.dir))?)
-        } else {
-            None
-        };
-        let mut limits = Limits::of(spec, OVERHEAD_MIB);
+        let args = ["--api-socket", &format!("path={API_SOCKET}"), "--seccomp", "true"];
+        let mut limits = limits(spec, OVERHEAD_MIB);
         // Any may be saved.
         limits.file_bytes = limits.file_bytes.max(spec.memory_mib << 20);
-        confine::apply(&mut command, rules, limits);
-        match start {
-            Start::Boot | Start::Restore(_) | Start::Copy(_) => {}
-            Start::Probe => confine::end_with_starter(&mut command),
-            Start::ToBeSaved => confine::in_background(&mut command),
-        }
-        let child = command.spawn().map_err(|source| HypervisorError::Spawn {
-            program: self.program.display().to_string(),
-            dir: spec.dir.clone(),
-            source,
-        })?;
-        Vm::started(child, &spec.dir, Vmm::CloudHypervisor)
+        self.starter.start(Launch {
+            program: &self.program,
+            vmm: Vmm::CloudHypervisor,
+            args: args.map(str::to_owned).to_vec(),
+            dir: &spec.dir,
+            cpus: spec.cpus,
+            files: self.files(spec, start),
+            limits,
+            life: match start {
+                Start::Boot | Start::Restore(_) | Start::Copy(_) => Life::Lasting,
+                Start::Probe => Life::Bound,
+                Start::ToBeSaved => Life::Background,
+            },
+            inherited: None,
+        })
     }
 
-    fn allowed(&self, spec: &VmSpec, start: Start<'_>) -> Allowed {
-        let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
-        let mut allowed = Allowed {
-            read: paths(&["/etc/ld.so.cache", "/dev/urandom", "/proc/self", "/sys/kernel/mm"]),
-            execute: paths(&["/usr/lib", "/lib", "/lib64", "/usr/lib64"]),
-            write: paths(&["/dev/null", "/dev/kvm"]),
+    fn files(&self, spec: &VmSpec, start: Start<'_>) -> Files {
+        let mut files = Files {
+            program: self.program.clone(),
+            read: vec![self.kernel.vmlinux.clone(), self.initramfs.clone()],
+            write: spec.upper.iter().cloned().collect(),
             own: vec![spec.dir.clone()],
+            devices: vec!["/dev/kvm".into()],
         };
-        allowed.execute.push(self.program.clone());
-        allowed.read.extend([self.kernel.vmlinux.clone(), self.initramfs.clone()]);
-        allowed.read.extend(self.kernel.modules_disk.iter().chain(&spec.layers).cloned());
-        allowed.write.extend(spec.upper.iter().cloned());
+        files.read.extend(self.kernel.modules_disk.iter().chain(&spec.layers).cloned());
         match start {
             Start::Boot | Start::Probe => {}
             // The folder beside its own, where the snapshot goes.
-            Start::ToBeSaved => allowed.own.extend(spec.dir.parent().map(PathBuf::from)),
+            Start::ToBeSaved => files.own.extend(spec.dir.parent().map(PathBuf::from)),
             Start::Restore(saved) | Start::Copy(saved) => {
-                allowed.read.push(saved.to_owned());
-                allowed.write.push(USERFAULTFD.into());
+                files.read.push(saved.to_owned());
+                files.devices.push(USERFAULTFD.into());
             }
         }
-        allowed
+        files
     }
 
     async fn start(&self, spec: &VmSpec, start: Start<'_>) -> Result<Vm, HypervisorError> {
@@ -290,7 +277,7 @@ impl CloudHypervisor {
                 return api.order::<()>("vm.boot", None, BOOT_MAX).await;
             }
             Start::Restore(saved) => {
-                let source = snapshot::Source::new(saved)?;
+                let source = snapshot::Source::new(saved, &self.starter)?;
                 api.order("vm.restore", Some(&source), RESTORE_MAX).await?;
                 // All are there when the guest runs again: it is told of them at once.
                 for disk in config::disks(self, spec)? {
@@ -301,7 +288,7 @@ impl CloudHypervisor {
                 let disks = config::disks(self, spec)?;
                 let own = snapshot::of_copy(saved, &spec.dir, &disks)
                     .map_err(HypervisorError::io("read what was saved in", saved))?;
-                let source = snapshot::Source::new(own.path())?;
+                let source = snapshot::Source::new(own.path(), &self.starter)?;
                 api.order("vm.restore", Some(&source), RESTORE_MAX).await?;
             }
         }
@@ -369,17 +356,17 @@ impl Hypervisor for CloudHypervisor {
     }
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
-        Ok(Vm::find(dir, &self.program, Vmm::CloudHypervisor))
+        self.starter.find(dir, &self.program, Vmm::CloudHypervisor)
     }
 
     fn strays(&self, folder: &Path) -> Vec<Vm> {
-        vm::strays(folder, &self.program, Vmm::CloudHypervisor)
+        self.starter.strays(folder, &self.program, Vmm::CloudHypervisor)
     }
 }
 
 impl Saves for CloudHypervisor {
-    fn program(&self) -> (&Path, Vmm) {
-        (&self.program, Vmm::CloudHypervisor)
+    fn find(&self, dir: &Path) -> Option<Vm> {
+        self.adopt(dir).ok().flatten()
     }
 
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>> {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::timeout;
 
 use super::processes::boot_id;
-use super::{HypervisorError, Vm, VmSpec};
+use super::{HypervisorError, Starter, Vm, VmSpec};
 use crate::guest_link::GuestLink;
 use crate::kernel::Kernel;
 
@@ -40,6 +40,7 @@ pub(super) struct Subject<'a> {
     pub(super) version: &'a str,
     pub(super) kernel: &'a Kernel,
     pub(super) initramfs: &'a Path,
+    pub(super) starter: &'a Starter,
 }
 
 /// Says why KVM is not to be used, if it is not. `boot` starts a VM under it that ends with this process.
@@ -47,7 +48,7 @@ pub(super) async fn verdict(
     subject: Subject<'_>,
     boot: impl AsyncFnOnce(&VmSpec) -> Result<Vm, HypervisorError>,
 ) -> Result<(), String> {
-    opens()?;
+    opens(subject.starter)?;
     let path = subject.cache_dir.join(format!("kvm-verdict-{}.json", subject.driver));
     let mut new = Verdict {
         kernel: subject.kernel.digest.clone(),
@@ -66,9 +67,12 @@ pub(super) async fn verdict(
     result
 }
 
-/// Whether this process may use KVM at all.
-fn opens() -> Result<(), String> {
+/// Whether a VMM may use KVM at all: one that the helper starts may, wherever there is any.
+fn opens(starter: &Starter) -> Result<(), String> {
     let device = Path::new("/dev/kvm");
+    if starter.is_helper() && device.exists() {
+        return Ok(());
+    }
     match fs::OpenOptions::new().read(true).write(true).open(device) {
         Ok(_) => Ok(()),
         Err(error) => Err(match error.kind() {

@@ -5,7 +5,6 @@
 //! allows it. The guest agent makes the sandbox from within (`node-agent/guest/src/process.rs`);
 //! here is what must be done from outside, before it may start and after it has ended.
 
-mod cgroups;
 mod filter;
 mod spawn;
 
@@ -22,20 +21,20 @@ use std::sync::Arc;
 use futures_util::future::BoxFuture;
 use prost::Message;
 use sha2::{Digest, Sha256};
+use towline_node_helper::cgroups::{Cgroup, Limits, Tree};
 use towline_proto::process::{IDS, PROCESS_NAME, ProcessSetup};
 use towline_proto::v1::Isolation;
 
 use super::processes::of_program;
 use super::{Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmSpec};
-use cgroups::{Limits, Tree};
 use spawn::Stdio;
-
-pub(super) use cgroups::Cgroup;
 
 /// What a process of a sandbox runs, as /proc shows it: the guest agent, from memory.
 pub(super) const PROGRAM: &str = "/memfd:towline-guest-agent";
 /// The guest agent's own processes and threads, beside the workload's.
 const AGENTS_PROCESSES: u64 = 64;
+/// Folder of all sandboxes' cgroups, in each hierarchy.
+const CGROUPS: &str = "towline";
 /// What the guest agent may say about its end.
 const LOG_MAX: u64 = 64 << 10;
 /// The ids that are for containers, by convention of systemd: the first of them, and how many
@@ -62,7 +61,13 @@ impl Process {
         let content = fs::read(guest_agent).map_err(io("read", guest_agent))?;
         let program = spawn::sealed(c"towline-guest-agent", &content, true)
             .map_err(io("copy to memory", guest_agent))?;
-        let cgroups = Arc::new(Tree::find()?);
+        let cgroups = Tree::find(CGROUPS).map_err(|error| match error.kind() {
+            io::ErrorKind::Unsupported => {
+                HypervisorError::Spec(format!("the `process` driver needs cgroups: {error}"))
+            }
+            _ => io("look for cgroups in", Path::new("/proc/self/mounts"))(error),
+        });
+        let cgroups = Arc::new(cgroups?);
         cgroups.sweep();
         let capabilities = Capabilities {
             driver: "process",

@@ -3,21 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+pub(super) use towline_node_helper::process::start_time;
+
 /// Identifies this boot of the machine.
 pub(super) fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
-}
-
-/// When the process was started, in clock ticks since boot; `None` if it is not there or a zombie.
-pub(super) fn start_time(pid: i32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is a name in parentheses that may hold anything.
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_whitespace();
-    if fields.next()? == "Z" {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
 }
 
 /// The program that the process runs.

@@ -17,13 +17,14 @@ use std::process::{Command, Stdio};
 use futures_util::future::BoxFuture;
 use towline_proto::v1::Isolation;
 
-use super::confine::{self, Allowed, Limits};
+use super::confine::{self, Files};
+use super::launch::{Launch, Life, limits};
 use super::probe::{self, Subject};
 use super::template::{Fits, Saves, Templates};
-use super::vm::{LOG_FILE, ORDERS_SOCKET, remove_stale};
+use super::vm::{ORDERS_SOCKET, remove_stale};
 use super::{
-    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Vm, VmShape, VmSpec, Vmm, tsc,
-    vm,
+    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Starter, Vm, VmShape, VmSpec,
+    Vmm, tsc,
 };
 use crate::kernel::Kernel;
 
@@ -58,6 +59,8 @@ pub struct QemuConfig {
     pub initramfs: PathBuf,
     /// The configured choice.
     pub accel: AccelChoice,
+    /// Who starts it.
+    pub starter: Starter,
 }
 
 /// The driver.
@@ -69,6 +72,7 @@ pub struct Qemu {
     tsc_khz: Option<u64>,
     capabilities: Capabilities,
     templates: Option<Templates>,
+    starter: Starter,
 }
 
 /// How the process of a VM begins.
@@ -90,8 +94,7 @@ impl Qemu {
         let program = find_program()?;
         let version = version(&program)?;
         let landlock = confine::is_available();
-        let mut missing =
-            vec!["cgroups: a VM's memory is bounded by limits, its CPU and IO are not".to_owned()];
+        let mut missing = config.starter.missing();
         if !landlock {
             missing.push("landlock: this kernel cannot keep QEMU to its own files".to_owned());
         }
@@ -118,6 +121,7 @@ impl Qemu {
                 missing,
             },
             templates: None,
+            starter: config.starter,
         };
         let verdict = match config.accel {
             AccelChoice::Tcg => Err("accel = \"tcg\" is configured".into()),
@@ -152,6 +156,7 @@ impl Qemu {
             version: &self.capabilities.version,
             kernel: &self.kernel,
             initramfs: &self.initramfs,
+            starter: &self.starter,
         };
         let boot = async |spec: &VmSpec| self.spawn(spec, Accel::Kvm, Start::Probe);
         probe::verdict(subject, boot).await
@@ -166,25 +171,8 @@ impl Qemu {
         for name in [LINK_SOCKET, ORDERS_SOCKET] {
             remove_stale(&spec.dir.join(name))?;
         }
-        let log_path = spec.dir.join(LOG_FILE);
-        let log = File::create(&log_path).map_err(io("create", &log_path))?;
-        let log_too = log.try_clone().map_err(io("open", &log_path))?;
-        let mut command = Command::new(&self.program);
-        command
-            .args(command::arguments(self, &spec, accel, &start)?)
-            .current_dir(&spec.dir)
-            .env_clear()
-            .stdin(Stdio::null())
-            .stdout(log)
-            .stderr(log_too);
-        let rules = if self.capabilities.landlock {
-            let rules = confine::prepare(&self.allowed(&spec, accel));
-            let failed = |error| io::Error::other(format!("landlock: {error}"));
-            Some(rules.map_err(failed).map_err(io("confine the VM in", &spec.dir))?)
-        } else {
-            None
-        };
-        let mut limits = Limits::of(&spec, u64::from(command::TRANSLATIONS_MIB) + OVERHEAD_MIB);
+        let args = command::arguments(self, &spec, accel, &start)?;
+        let mut limits = limits(&spec, u64::from(command::TRANSLATIONS_MIB) + OVERHEAD_MIB);
         limits.file_bytes = match start {
             Start::ToBeSaved => migrate::SIZE_MAX,
             // It may be saved, too, to make copies of it.
@@ -192,50 +180,35 @@ impl Qemu {
                 limits.file_bytes.max((spec.memory_mib + migrate::DEVICES_MIB) << 20)
             }
         };
-        confine::apply(&mut command, rules, limits);
-        match start {
-            Start::Boot => {}
-            Start::Probe => confine::end_with_starter(&mut command),
-            Start::ToBeSaved => confine::in_background(&mut command),
-            Start::Restore(saved) => confine::inherit(&mut command, saved),
-        }
-        let child = command.spawn().map_err(|source| HypervisorError::Spawn {
-            program: self.program.display().to_string(),
-            dir: spec.dir.clone(),
-            source,
-        })?;
-        Vm::started(child, &spec.dir, Vmm::Qemu)
+        let (life, inherited) = match start {
+            Start::Boot => (Life::Lasting, None),
+            Start::Probe => (Life::Bound, None),
+            Start::ToBeSaved => (Life::Background, None),
+            Start::Restore(saved) => (Life::Lasting, Some(saved)),
+        };
+        self.starter.start(Launch {
+            program: &self.program,
+            vmm: Vmm::Qemu,
+            args,
+            dir: &spec.dir,
+            cpus: spec.cpus,
+            files: self.files(&spec, accel),
+            limits,
+            life,
+            inherited,
+        })
     }
 
-    fn allowed(&self, spec: &VmSpec, accel: Accel) -> Allowed {
-        let paths = |list: &[&str]| list.iter().map(PathBuf::from).collect::<Vec<_>>();
-        let mut allowed = Allowed {
-            read: paths(&[
-                "/usr/share/qemu",
-                "/usr/share/seabios",
-                "/usr/local/share/qemu",
-                "/etc/ld.so.cache",
-                "/dev/urandom",
-            ]),
-            execute: paths(&[
-                "/usr/lib",
-                "/lib",
-                "/lib64",
-                "/usr/lib64",
-                "/usr/libexec",
-                "/usr/local/lib",
-            ]),
-            write: paths(&["/dev/null"]),
+    fn files(&self, spec: &VmSpec, accel: Accel) -> Files {
+        let mut read = vec![self.kernel.vmlinux.clone(), self.initramfs.clone()];
+        read.extend(self.kernel.modules_disk.iter().chain(&spec.layers).cloned());
+        Files {
+            program: self.program.clone(),
+            read,
+            write: spec.upper.iter().cloned().collect(),
             own: vec![spec.dir.clone()],
-        };
-        allowed.execute.push(self.program.clone());
-        allowed.read.extend([self.kernel.vmlinux.clone(), self.initramfs.clone()]);
-        allowed.read.extend(self.kernel.modules_disk.iter().chain(&spec.layers).cloned());
-        allowed.write.extend(spec.upper.iter().cloned());
-        if accel == Accel::Kvm {
-            allowed.write.push("/dev/kvm".into());
+            devices: if accel == Accel::Kvm { vec!["/dev/kvm".into()] } else { Vec::new() },
         }
-        allowed
     }
 }
 
@@ -302,17 +275,17 @@ impl Hypervisor for Qemu {
     }
 
     fn adopt(&self, dir: &Path) -> Result<Option<Vm>, HypervisorError> {
-        Ok(Vm::find(dir, &self.program, Vmm::Qemu))
+        self.starter.find(dir, &self.program, Vmm::Qemu)
     }
 
     fn strays(&self, folder: &Path) -> Vec<Vm> {
-        vm::strays(folder, &self.program, Vmm::Qemu)
+        self.starter.strays(folder, &self.program, Vmm::Qemu)
     }
 }
 
 impl Saves for Qemu {
-    fn program(&self) -> (&Path, Vmm) {
-        (&self.program, Vmm::Qemu)
+    fn find(&self, dir: &Path) -> Option<Vm> {
+        self.adopt(dir).ok().flatten()
     }
 
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>> {

@@ -21,7 +21,7 @@ use tempfile::TempDir;
 use tokio::time::{sleep, timeout};
 
 use super::processes::boot_id;
-use super::{HypervisorError, Vm, VmShape, VmSpec, Vmm};
+use super::{HypervisorError, Vm, VmShape, VmSpec};
 use crate::guest_link::GuestLink;
 use crate::kernel::{Kernel, digest};
 use crate::seal::{Key, Seal};
@@ -44,8 +44,8 @@ const MAKING: &str = "making-";
 
 /// What makes templates of itself.
 pub(super) trait Saves: Sync {
-    /// The program, to find what a killed maker left running.
-    fn program(&self) -> (&Path, Vmm);
+    /// The guest that runs in this directory, which a killed maker has left.
+    fn find(&self, dir: &Path) -> Option<Vm>;
 
     /// Starts a guest that is to be saved, in the background.
     fn start<'a>(&'a self, spec: &'a VmSpec) -> BoxFuture<'a, Result<Vm, HypervisorError>>;
@@ -171,7 +171,7 @@ impl Templates {
             return Ok(());
         }
         let Some(_lock) = self.lock().map_err(|error| error.to_string())? else { return Ok(()) };
-        self.clean(vmm.program());
+        self.clean(vmm);
         let work = tempfile::Builder::new()
             .prefix(MAKING)
             .tempdir_in(&self.dir)
@@ -208,11 +208,11 @@ impl Templates {
     }
 
     /// Ends and removes what a killed process has left; the lock is ours, so nobody is at it.
-    fn clean(&self, (program, vmm): (&Path, Vmm)) {
+    fn clean(&self, vmm: &dyn Saves) {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             if entry.file_name().to_string_lossy().starts_with(MAKING) {
                 for place in [SAVED_IN, TRIED_IN] {
-                    if let Some(vm) = Vm::find(&entry.path().join(place), program, vmm) {
+                    if let Some(vm) = vmm.find(&entry.path().join(place)) {
                         let _ = vm.kill();
                     }
                 }

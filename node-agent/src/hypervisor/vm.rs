@@ -5,12 +5,12 @@
 
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, PipeReader, Read, Seek, SeekFrom, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::process::{
@@ -22,13 +22,17 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
 use super::cloud_hypervisor;
-use super::process::{self, Cgroup};
+use super::process;
 use super::processes::{boot_id, executable, running_in, running_in_removed, start_time};
 use super::qmp::Qmp;
 use super::{HypervisorError, LINK_SOCKET};
+use towline_node_helper::cgroups::Cgroup;
+use towline_node_helper::client::Helper;
+use towline_node_helper::protocol::{Name, Running};
 
 const IDENTITY_FILE: &str = "vm.json";
 /// What the VMM writes to its standard error.
@@ -39,6 +43,9 @@ pub(super) const ORDERS_SOCKET: &str = "qmp.sock";
 const VSOCK_PORT: u32 = towline_proto::mux::VSOCK_PORT;
 /// Longest answer to a CONNECT: `OK` and a number.
 const CONNECTED_MAX: usize = 32;
+/// Longest text about an end, and how long after it the helper may take to say it.
+const STATUS_MAX: u64 = 64;
+const STATUS_WAIT: Duration = Duration::from_secs(2);
 /// How much of the log explains an exit.
 const LOG_SHOWN: u64 = 2048;
 
@@ -86,6 +93,8 @@ pub struct Vm {
     dir: PathBuf,
     pidfd: AsyncFd<OwnedFd>,
     kind: Kind,
+    /// The helper that started it, and alone can end it.
+    helped: Option<Helped>,
     status: Mutex<String>,
     /// A connection to the guest link that nobody has taken yet.
     ahead: Mutex<Option<UnixStream>>,
@@ -115,6 +124,39 @@ impl Vmm {
             Self::Qemu => "the VM's process (QEMU)",
             Self::CloudHypervisor => "the VM's process (Cloud Hypervisor)",
         }
+    }
+}
+
+/// What the node's helper knows of a VM that it started.
+#[derive(Debug)]
+pub(super) struct Helped {
+    helper: Arc<Helper>,
+    running: Running,
+    /// Says how it ended, to who had it started.
+    status: tokio::sync::Mutex<Option<PipeReader>>,
+}
+
+impl Helped {
+    pub(super) fn new(helper: &Arc<Helper>, running: &Running, status: Option<PipeReader>) -> Self {
+        let (helper, running) = (Arc::clone(helper), running.clone());
+        Self { helper, running, status: tokio::sync::Mutex::new(status) }
+    }
+
+    fn name(&self) -> Name {
+        self.running.name.clone()
+    }
+
+    /// How it ended, once; a helper that was started again since then does not know.
+    async fn ended(&self) -> Option<String> {
+        let pipe = self.status.lock().await.take()?;
+        let pipe = pipe::Receiver::from_owned_fd(pipe.into()).ok()?;
+        let mut text = String::new();
+        let mut pipe = pipe.take(STATUS_MAX);
+        timeout(STATUS_WAIT, pipe.read_to_string(&mut text)).await.ok()?.ok()?;
+        let (how, number) = text.split_once(' ')?;
+        let number: i32 = number.parse().ok()?;
+        let raw = if how == "signal" { number } else { number << 8 };
+        Some(ExitStatus::from_raw(raw).to_string())
     }
 }
 
@@ -179,9 +221,13 @@ impl Vm {
     pub async fn wait_exit(&self) -> VmExit {
         // An error here could only mean that the runtime goes down.
         let _ = self.pidfd.readable().await.map(|mut guard| guard.retain_ready());
+        let told = match &self.helped {
+            Some(helped) => helped.ended().await,
+            None => None,
+        };
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(ended) = self.reap() {
-            *status = ended.to_string();
+        if let Some(ended) = told.or_else(|| self.reap().map(|ended| ended.to_string())) {
+            *status = ended;
         }
         let status = status.clone();
         match &self.kind {
@@ -216,9 +262,20 @@ impl Vm {
 
     /// Kills the process. That it is gone already is fine.
     pub fn kill(&self) -> io::Result<()> {
+        if let Some(helped) = &self.helped {
+            return self.end_by(helped, true);
+        }
         match pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    fn end_by(&self, helped: &Helped, kill: bool) -> io::Result<()> {
+        match helped.helper.end(helped.name(), kill) {
+            // It is gone already.
+            Err(_) if !self.is_running() => Ok(()),
+            result => result.map_err(|error| io::Error::other(crate::chain(&error))),
         }
     }
 
@@ -241,6 +298,9 @@ impl Vm {
     async fn ask_to_quit(&self) -> io::Result<()> {
         if matches!(self.kind, Kind::Vmm(Vmm::CloudHypervisor)) {
             // It ends its VM in order then, and itself.
+            if let Some(helped) = &self.helped {
+                return self.end_by(helped, false);
+            }
             return Ok(pidfd_send_signal(self.pidfd.get_ref(), Signal::TERM)?);
         }
         let mut orders = connect(&self.dir, ORDERS_SOCKET).await?;
@@ -299,6 +359,21 @@ impl Vm {
         Ok(vm)
     }
 
+    /// Takes a process of the helper's, if it still runs.
+    pub(super) fn helped(helped: Helped, dir: &Path, program: &Path, vmm: Vmm) -> Option<Self> {
+        let Running { pid, start_time: started, .. } = helped.running;
+        let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::NONBLOCK).ok()?;
+        // The pidfd is that of the process that was meant only if that is still there.
+        if start_time(pid)? != started {
+            return None;
+        }
+        let executable = program.to_owned();
+        let identity = VmIdentity { boot_id: boot_id(), pid, start_time: started, executable };
+        let mut vm = of(identity, dir, pidfd, Kind::Vmm(vmm))?;
+        vm.helped = Some(helped);
+        Some(vm)
+    }
+
     /// Takes a sandbox's process 1, a child that was just cloned. One that has ended is reaped.
     pub(super) fn sandbox(
         pid: i32,
@@ -345,7 +420,8 @@ impl Vm {
         let noted = read_identity(dir).filter(|noted| !is_sandbox(noted))?;
         let runs = noted.boot_id == boot_id()
             && start_time(noted.pid) == Some(noted.start_time)
-            && executable(noted.pid)? == noted.executable;
+            // That of another user cannot be read, and is the same by the rest.
+            && executable(noted.pid).is_none_or(|executable| executable == noted.executable);
         let name = noted.executable.file_name()?.to_string_lossy();
         let is_qemu = name.starts_with("qemu-system");
         runs.then_some(if is_qemu { Vmm::Qemu } else { Vmm::CloudHypervisor })
@@ -391,6 +467,12 @@ impl Drop for Vm {
     }
 }
 
+/// In words, how a VM ended before anybody could look.
+pub(super) fn ended_at_once(dir: &Path, vmm: Vmm) -> String {
+    let (status, log) = (String::new(), log_end(&dir.join(LOG_FILE)));
+    VmExit { what: vmm.name(), status, log }.to_string()
+}
+
 fn is_sandbox(identity: &VmIdentity) -> bool {
     identity.executable == Path::new(process::PROGRAM)
 }
@@ -426,12 +508,16 @@ fn attach(pid: i32, dir: &Path, kind: Kind) -> Option<Vm> {
     if start_time(pid)? != before {
         return None;
     }
-    let identity = VmIdentity { boot_id: boot_id(), pid, start_time: before, executable };
+    of(VmIdentity { boot_id: boot_id(), pid, start_time: before, executable }, dir, pidfd, kind)
+}
+
+fn of(identity: VmIdentity, dir: &Path, pidfd: OwnedFd, kind: Kind) -> Option<Vm> {
     Some(Vm {
         identity,
         dir: dir.to_owned(),
         pidfd: watch(pidfd).ok()?,
         kind,
+        helped: None,
         status: Mutex::new(String::new()),
         ahead: Mutex::default(),
     })

@@ -128,7 +128,7 @@ async fn order(guest: &mut Guest, given: Command) -> Event {
     }
 }
 
-async fn is_copied(driver: &dyn Hypervisor) {
+pub(crate) async fn is_copied(driver: &dyn Hypervisor) {
     assert!(driver.fits().is_some());
     let dirs = [vm_dir(), vm_dir(), vm_dir()];
     let [(_, first), (_, second), (_, third)] = &dirs;
@@ -222,6 +222,11 @@ async fn check_damaged(driver: &dyn Hypervisor, dir: &Path, saved: &Path, layers
     let open = std::fs::OpenOptions::new().write(true).open(smallest).unwrap();
     open.set_len(size(smallest) / 2).unwrap();
     key.check(&seal, saved.parent().unwrap(), &[name], b"").unwrap_err();
+    // The copy that was killed a moment ago.
+    while let Some(vm) = driver.adopt(dir).unwrap() {
+        vm.kill().unwrap();
+        vm.wait_exit().await;
+    }
     driver.start_copy(&spec(dir, layers), saved).await.unwrap_err();
     assert!(driver.adopt(dir).unwrap().is_none());
 }

@@ -3,17 +3,22 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use towline_node_agent::config::HELPER_VARIABLE;
 use towline_node_agent::guest_link::GuestLink;
 use towline_node_agent::hypervisor::cloud_hypervisor::{
     CloudHypervisor, CloudHypervisorConfig, PROGRAM_VARIABLE,
 };
 use towline_node_agent::hypervisor::process::Process;
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
-use towline_node_agent::hypervisor::{Capabilities, Hypervisor, HypervisorError, Vm, VmSpec};
+use towline_node_agent::hypervisor::{
+    Capabilities, Hypervisor, HypervisorError, Starter, Vm, VmSpec,
+};
 use towline_node_agent::{disks, initramfs, kernel};
+use towline_node_helper::client::Helper;
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::{
     ExecAck, ExecExit, ExecOpen, ExecStart, GuestConfigure, StreamError, StreamOpen, User,
@@ -332,9 +337,10 @@ pub(crate) async fn cloud_hypervisor_in(cache: Option<&Path>) -> Option<CloudHyp
         eprintln!("SKIPPED: no Cloud Hypervisor binary");
         return None;
     };
-    let QemuConfig { cache_dir, kernel, initramfs, .. } = config()?;
+    let QemuConfig { cache_dir, kernel, initramfs, starter, .. } = config()?;
     let cache_dir = cache.map_or(cache_dir, Path::to_owned);
-    let wanted = CloudHypervisorConfig { cache_dir, program: program.into(), kernel, initramfs };
+    let program = program.into();
+    let wanted = CloudHypervisorConfig { cache_dir, program, kernel, initramfs, starter };
     match CloudHypervisor::new(wanted).await {
         Ok(driver) => Some(driver),
         Err(HypervisorError::NoKvm(why)) => {
@@ -343,6 +349,12 @@ pub(crate) async fn cloud_hypervisor_in(cache: Option<&Path>) -> Option<CloudHyp
         }
         Err(error) => panic!("{error:?}"),
     }
+}
+
+/// Who starts the suite's VMs: the helper that the environment names, or the test itself.
+fn starter() -> Starter {
+    let socket = std::env::var_os(HELPER_VARIABLE).filter(|socket| !socket.is_empty());
+    socket.map_or(Starter::Own, |socket| Starter::Helper(Arc::new(Helper::new(socket))))
 }
 
 /// What the driver is made of; `None`, with a word why, where a VM cannot be run at all.
@@ -357,7 +369,8 @@ pub(crate) fn config() -> Option<QemuConfig> {
         Err(error) => panic!("{error:?}"),
     };
     let initramfs = initramfs::ensure(&cache, &kernel, &guest_agent()).unwrap();
-    Some(QemuConfig { cache_dir: cache, kernel, initramfs, accel: AccelChoice::Auto })
+    let (accel, starter) = (AccelChoice::Auto, starter());
+    Some(QemuConfig { cache_dir: cache, kernel, initramfs, accel, starter })
 }
 
 /// The `process` driver, or `None` with a word why.

@@ -65,7 +65,7 @@ if type ssh-keygen > /dev/null 2>&1; then echo root:x:0:0::/root:/bin/sh > /etc/
 "#;
 
 /// Whether a cache may be the test's own: templates are in it, and the guest kernel is not.
-type Making<D> = fn(&Path) -> BoxFuture<'_, Option<D>>;
+type Making<'m, D> = &'m dyn Fn(&Path) -> BoxFuture<'_, Option<D>>;
 
 /// QEMU, with templates of this test's own.
 fn own_qemu(cache: &Path) -> BoxFuture<'_, Option<Qemu>> {
@@ -99,15 +99,15 @@ async fn script(guest: &Guest, script: &str) -> String {
 
 #[test]
 fn vm_that_is_restored_is_what_a_booted_one_is_and_shares_no_secret() {
-    restored_is_as_booted(own_qemu);
+    restored_is_as_booted(&own_qemu);
 }
 
 #[test]
 fn cloud_hypervisor_that_is_restored_is_what_a_booted_one_is_and_shares_no_secret() {
-    restored_is_as_booted(own_cloud_hypervisor);
+    restored_is_as_booted(&own_cloud_hypervisor);
 }
 
-fn restored_is_as_booted<D: Hypervisor>(making: Making<D>) {
+pub(crate) fn restored_is_as_booted<D: Hypervisor>(making: Making<'_, D>) {
     run_async(async {
         let cache = tempfile::tempdir().unwrap();
         let Some(driver) = making(cache.path()).await else { return };

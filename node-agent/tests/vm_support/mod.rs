@@ -11,8 +11,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use tempfile::TempDir;
-use towline_node_agent::hypervisor::VmIdentity;
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
+use towline_node_agent::hypervisor::{Starter, VmIdentity};
 use towline_node_agent::{initramfs, kernel};
 
 pub(crate) const SECRET: [u8; 32] = [0x5e; 32];
@@ -83,7 +83,8 @@ pub(crate) fn config() -> Option<QemuConfig> {
         Err(error) => panic!("{error:?}"),
     };
     let initramfs = initramfs::ensure(&cache_dir, &kernel, &echo_guest()).unwrap();
-    Some(QemuConfig { cache_dir, kernel, initramfs, accel: AccelChoice::Auto })
+    let (accel, starter) = (AccelChoice::Auto, Starter::Own);
+    Some(QemuConfig { cache_dir, kernel, initramfs, accel, starter })
 }
 
 /// Builds the static echo guest, which is quick when it is there.

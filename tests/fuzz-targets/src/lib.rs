@@ -1,9 +1,13 @@
 //! What strangers can send, as functions of bytes. `tests/fuzz` drives them with libFuzzer; the kept
 //! corpus is replayed by `make test`. A target fails by panicking.
 
+use std::collections::BTreeMap;
+
 use bytes::{Bytes, BytesMut};
 use towline_filesync::copy::{Place, unpack};
 use towline_filesync::tree::Root;
+use towline_node_helper::decide::{Table, Vmm};
+use towline_node_helper::protocol::{Malformed, Request};
 use towline_proto::durable::Durable;
 use towline_proto::frame;
 use towline_proto::limits::TCP_FIRST_WINDOW;
@@ -65,6 +69,42 @@ fn guest_answer(bytes: &[u8]) {
         }
         let _full_or_ended = mux.write(stream, piece);
         mux.transmit(&mut BytesMut::new(), 64 << 10);
+    }
+}
+
+/// What somebody who became the node agent can ask of the helper, one request after the other: what is
+/// done is one of the verbs, with what was listed, within bounds.
+pub fn helper_requests(bytes: &[u8]) {
+    let mut table = Table::new(vec!["/usr/bin/vmm".into()], (1000, 2), BTreeMap::new(), None);
+    for (now, packet) in (1..).zip(bytes.split(|&byte| byte == b'\n')) {
+        // As many descriptors as it speaks of.
+        let parse = |descriptors| Request::parse(packet, descriptors);
+        let request = parse(0).or_else(|error| match error {
+            Malformed::Descriptors { wanted, .. } => parse(wanted),
+            other => Err(other),
+        });
+        match request {
+            Ok(Request::Spawn(spawn)) => {
+                let Ok(uid) = table.admit(&spawn, now) else { continue };
+                assert!((1000..1002).contains(&uid) && spawn.program == "/usr/bin/vmm");
+                assert!(spawn.files.iter().all(|given| given.path.starts_with('/')));
+                assert!(spawn.files.iter().all(|given| !given.path.contains("/../")));
+                assert!(table.iter().all(|(name, vmm)| vmm.uid != uid && *name != spawn.name));
+                let bound = spawn.bound.then_some(now % 2);
+                table.started(spawn.name, Vmm { pid: 2, uid, bound });
+            }
+            Ok(Request::End { name, .. }) => {
+                if table.get(&name).is_ok() {
+                    table.ended(&name);
+                }
+            }
+            Ok(Request::Lease { until_ns }) => {
+                let renewed = table.renew(until_ns, now);
+                assert!(renewed.is_err() || table.expired(now).is_empty());
+            }
+            Ok(Request::List {}) => assert!(table.iter().count() <= 2),
+            Err(error) => assert!(error.to_string().len() < 2048),
+        }
     }
 }
 

@@ -33,4 +33,5 @@ macro_rules! replays {
 replays! {
     frames guest_messages oci_documents registry_answers docker_documents layer_archives
     fuse_requests sync_frames tcp_frames copy_archives egress workload_packets dns_questions
+    helper_requests
 }

@@ -20,11 +20,13 @@ pub const TABLE: &[(&str, &str, &[&str])] = &[
         &["towline-proto", "towline-filesync", "towline-streams"],
     ),
     ("towline-images", "node-agent/images", &["towline-proto"]),
+    ("towline-node-helper", "node-agent/helper", &[]),
     (
         "towline-node-agent",
         "node-agent",
         &[
             "towline-node-core",
+            "towline-node-helper",
             "towline-images",
             "towline-link",
             "towline-streams",

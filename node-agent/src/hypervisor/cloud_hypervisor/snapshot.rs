@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use super::api::Api;
 use super::config::Disk;
-use crate::hypervisor::{HypervisorError, Vm};
+use crate::hypervisor::{HypervisorError, Starter, Vm};
 
 pub(super) const PAUSE_MAX: Duration = Duration::from_secs(20);
 /// Writing all of a guest's memory, on a busy disk.
@@ -42,8 +42,13 @@ pub(super) struct Source {
 
 impl Source {
     /// Of a snapshot's folder. Memory comes as it is used, where that is possible here.
-    pub(super) fn new(folder: &Path) -> Result<Self, HypervisorError> {
-        let memory_restore_mode = if has_userfaultfd() { "OnDemand" } else { "Copy" };
+    pub(super) fn new(folder: &Path, starter: &Starter) -> Result<Self, HypervisorError> {
+        // By the helper, each has that device.
+        let possible = match starter.is_helper() {
+            true => Path::new(super::USERFAULTFD).exists(),
+            false => has_userfaultfd(),
+        };
+        let memory_restore_mode = if possible { "OnDemand" } else { "Copy" };
         Ok(Self { source_url: url(folder)?, memory_restore_mode })
     }
 }

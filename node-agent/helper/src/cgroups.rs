@@ -1,4 +1,4 @@
-//! Cgroups of `process` sandboxes: one each, named by its folder, in every hierarchy that this
+//! Cgroups of sandboxes and of VMMs: one each, named by its folder, in every hierarchy that this
 //! machine has. Version 2 where its controllers are; on machines that bind them to version 1, limits
 //! are set there and version 2 is still what a sandbox's own tree is made in.
 //!
@@ -11,12 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sha2::{Digest, Sha256};
+use crate::protocol::Name;
 
-use super::super::HypervisorError;
-
-/// Folder of all sandboxes' cgroups, in each hierarchy.
-const FOLDER: &str = "towline";
 /// The period of CPU quotas.
 const PERIOD_US: u64 = 100_000;
 /// How long killed processes may take to leave a cgroup.
@@ -25,20 +21,27 @@ const LOOK: Duration = Duration::from_millis(5);
 /// How long processes may take to halt: one that waits for a disk does not before that has answered.
 const FREEZE_MAX: Duration = Duration::from_secs(20);
 
-/// What a sandbox may use.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    pub(super) memory_bytes: u64,
-    pub(super) processes: u64,
-    pub(super) cpus: u32,
+/// What the processes of a cgroup may use together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory.
+    pub memory_bytes: u64,
+    /// Processes and threads.
+    pub processes: u64,
+    /// CPUs at a time.
+    pub cpus: u32,
 }
 
 /// One hierarchy of cgroups.
 trait Hierarchy: fmt::Debug + Send + Sync {
     /// Makes the cgroup and sets what it limits. It belongs to `owner` where it may have a tree.
     fn make(&self, name: &str, limits: &Limits, owner: u32) -> io::Result<()>;
+    /// Where all of them are.
+    fn base(&self) -> &Path;
     /// Where a cgroup is.
-    fn path(&self, name: &str) -> PathBuf;
+    fn path(&self, name: &str) -> PathBuf {
+        self.base().join(name)
+    }
     /// What is limited here.
     fn limits(&self) -> Vec<&str>;
     /// Whether a sandbox can limit its own commands here.
@@ -65,24 +68,24 @@ struct Controller {
 
 /// The hierarchies of this machine.
 #[derive(Debug)]
-pub(super) struct Tree {
+pub struct Tree {
     hierarchies: Vec<Box<dyn Hierarchy>>,
 }
 
-/// A sandbox's cgroups.
+/// One's cgroups: the same in each hierarchy.
 #[derive(Debug, Clone)]
-pub(in super::super) struct Cgroup {
+pub struct Cgroup {
     tree: Arc<Tree>,
-    name: String,
+    name: Name,
 }
 
 const CONTROLLERS: [&str; 3] = ["memory", "pids", "cpu"];
 
 impl Tree {
-    /// Looks at what is mounted, and makes our folder in each hierarchy.
-    pub(super) fn find() -> Result<Self, HypervisorError> {
-        let mounts = fs::read_to_string("/proc/self/mounts")
-            .map_err(HypervisorError::io("read", Path::new("/proc/self/mounts")))?;
+    /// Looks at what is mounted, and makes the folder of all cgroups in each hierarchy. An error of
+    /// kind `Unsupported` says that this machine has no cgroups to use.
+    pub fn find(folder: &str) -> io::Result<Self> {
+        let mounts = fs::read_to_string("/proc/self/mounts")?;
         let mut hierarchies: Vec<Box<dyn Hierarchy>> = Vec::new();
         let mut unified = None;
         for line in mounts.lines() {
@@ -90,24 +93,24 @@ impl Tree {
             let [_, place, kind, options, ..] = fields[..] else { continue };
             match kind {
                 "cgroup2" if unified.is_none() => {
-                    let base = Path::new(place).join(FOLDER);
-                    make_folder(&base).map_err(HypervisorError::io("make", &base))?;
+                    let base = Path::new(place).join(folder);
+                    make_folder(&base)?;
                     unified = Some(Unified { controllers: enable(Path::new(place), &base), base });
                 }
                 "cgroup" => {
                     let here = CONTROLLERS.iter().find(|c| options.split(',').any(|o| o == **c));
                     let Some(kind) = here else { continue };
-                    let base = Path::new(place).join(FOLDER);
-                    make_folder(&base).map_err(HypervisorError::io("make", &base))?;
+                    let base = Path::new(place).join(folder);
+                    make_folder(&base)?;
                     hierarchies.push(Box::new(Controller { base, kind }));
                 }
                 _ => {}
             }
         }
         let Some(unified) = unified else {
-            let problem = "the `process` driver needs a mounted cgroup2 file system \
-                           (mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified)";
-            return Err(HypervisorError::Spec(problem.into()));
+            let problem = "no cgroup2 file system is mounted here (mount -t cgroup2 cgroup2 \
+                           /sys/fs/cgroup/unified)";
+            return Err(io::Error::new(io::ErrorKind::Unsupported, problem));
         };
         hierarchies.push(Box::new(unified));
         Ok(Self { hierarchies })
@@ -118,8 +121,8 @@ impl Tree {
     }
 
     /// Removes cgroups in which nothing runs: those of sandboxes whose folders have been removed.
-    pub(super) fn sweep(&self) {
-        let bases = self.iter().map(|hierarchy| hierarchy.path(""));
+    pub fn sweep(&self) {
+        let bases = self.iter().map(|hierarchy| hierarchy.base().to_owned());
         for group in bases.flat_map(|base| fs::read_dir(base).into_iter().flatten().flatten()) {
             let path = group.path();
             if path.is_dir() && is_empty(&path) {
@@ -129,52 +132,68 @@ impl Tree {
     }
 
     /// Whether this is limited somewhere.
-    pub(super) fn limits(&self, what: &str) -> bool {
+    pub fn limits(&self, what: &str) -> bool {
         self.iter().any(|hierarchy| hierarchy.limits().contains(&what))
     }
 
     /// Whether a sandbox can limit the memory of each of its commands.
-    pub(super) fn limits_within(&self) -> bool {
+    pub fn limits_within(&self) -> bool {
         self.iter().any(|h| h.is_the_sandboxs() && h.limits().contains(&"memory"))
     }
 
     /// The limits that no hierarchy sets.
-    pub(super) fn missing(&self) -> Vec<String> {
+    pub fn missing(&self) -> Vec<String> {
         let missing = CONTROLLERS.iter().filter(|what| !self.limits(what));
         missing
             .map(|what| format!("cgroups: the `{what}` controller is not here: no such limit"))
             .collect()
     }
 
-    /// The cgroups of the sandbox in this folder.
-    pub(super) fn of(self: &Arc<Self>, dir: &Path) -> Cgroup {
-        let digest = Sha256::digest(dir.as_os_str().as_encoded_bytes());
-        let name = digest[..10].iter().map(|byte| format!("{byte:02x}")).collect();
+    /// The cgroups of what runs in this folder.
+    pub fn of(self: &Arc<Self>, dir: &Path) -> Cgroup {
+        self.named(Name::of(dir))
+    }
+
+    /// The cgroups of this name.
+    pub fn named(self: &Arc<Self>, name: Name) -> Cgroup {
         Cgroup { tree: Arc::clone(self), name }
+    }
+
+    /// The names of all cgroups here.
+    pub fn names(&self) -> Vec<Name> {
+        let unified = self.iter().find(|hierarchy| hierarchy.freezes());
+        let base = unified.map(|hierarchy| hierarchy.base().to_owned());
+        let entries = base.and_then(|base| fs::read_dir(base).ok()).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| Name::try_from(entry.file_name().into_string().ok()?).ok())
+            .collect()
     }
 }
 
 impl Cgroup {
-    pub(super) fn make(&self, limits: &Limits, owner: u32) -> io::Result<()> {
+    /// Makes it, within these limits; where it may have a tree of its own, it is this user's.
+    pub fn make(&self, limits: &Limits, owner: u32) -> io::Result<()> {
         let make = |hierarchy: &dyn Hierarchy| {
-            hierarchy.make(&self.name, limits, owner).map_err(|error| {
-                let path = hierarchy.path(&self.name);
+            hierarchy.make(self.name.as_str(), limits, owner).map_err(|error| {
+                let path = hierarchy.path(self.name.as_str());
                 io::Error::new(error.kind(), format!("{}: {error}", path.display()))
             })
         };
         self.tree.iter().try_for_each(make)
     }
 
-    pub(super) fn enter(&self, pid: i32) -> io::Result<()> {
-        let enter =
-            |h: &dyn Hierarchy| fs::write(h.path(&self.name).join("cgroup.procs"), pid.to_string());
+    /// Puts a process into it.
+    pub fn enter(&self, pid: i32) -> io::Result<()> {
+        let enter = |h: &dyn Hierarchy| {
+            fs::write(h.path(self.name.as_str()).join("cgroup.procs"), pid.to_string())
+        };
         self.tree.iter().try_for_each(enter)
     }
 
     /// Halts all of its processes, or lets them go on; blocks until they are.
-    pub(in super::super) fn freeze(&self, frozen: bool) -> io::Result<()> {
+    pub fn freeze(&self, frozen: bool) -> io::Result<()> {
         let hierarchy = self.tree.iter().find(|hierarchy| hierarchy.freezes());
-        let path = hierarchy.map(|hierarchy| hierarchy.path(&self.name));
+        let path = hierarchy.map(|hierarchy| hierarchy.path(self.name.as_str()));
         let path = path.ok_or_else(|| io::Error::other("no cgroup here can be frozen"))?;
         let wanted = i32::from(frozen).to_string();
         fs::write(path.join("cgroup.freeze"), &wanted)?;
@@ -192,11 +211,27 @@ impl Cgroup {
         Ok(())
     }
 
+    /// The processes in it.
+    pub fn processes(&self) -> Vec<i32> {
+        let unified = self.tree.iter().find(|hierarchy| hierarchy.freezes());
+        let path = unified.map(|h| h.path(self.name.as_str()).join("cgroup.procs"));
+        let text = path.and_then(|path| fs::read_to_string(path).ok()).unwrap_or_default();
+        text.lines().filter_map(|line| line.parse().ok()).collect()
+    }
+
+    /// Kills all that is in it, at once.
+    pub fn kill(&self) -> io::Result<()> {
+        let unified = self.tree.iter().find(|hierarchy| hierarchy.freezes());
+        let path = unified.map(|hierarchy| hierarchy.path(self.name.as_str()));
+        let path = path.ok_or_else(|| io::Error::other("no cgroup here can be killed"))?;
+        fs::write(path.join("cgroup.kill"), "1")
+    }
+
     /// Kills what is left in it and removes it. That there is nothing is fine.
-    pub(in super::super) fn remove(&self) -> io::Result<()> {
+    pub fn remove(&self) -> io::Result<()> {
         let until = Instant::now() + LEAVE_MAX;
         for hierarchy in self.tree.iter() {
-            let path = hierarchy.path(&self.name);
+            let path = hierarchy.path(self.name.as_str());
             let _ = fs::write(path.join("cgroup.kill"), "1");
             loop {
                 match remove_tree(&path) {
@@ -239,8 +274,8 @@ impl Hierarchy for Unified {
         Ok(())
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.base.join(name)
+    fn base(&self) -> &Path {
+        &self.base
     }
 
     fn limits(&self) -> Vec<&str> {
@@ -277,8 +312,8 @@ impl Hierarchy for Controller {
         }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
-        self.base.join(name)
+    fn base(&self) -> &Path {
+        &self.base
     }
 
     fn limits(&self) -> Vec<&str> {

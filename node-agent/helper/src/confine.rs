@@ -1,4 +1,5 @@
-//! Keeps a VM's process to its own files by landlock, as far as the kernel can, before it starts.
+//! Keeps a VMM to its own files by landlock, as far as the kernel can, before it starts, and bounds
+//! what it may use. Both who may start one do so: the helper, and a node agent without one.
 //!
 //! Everything is prepared by the parent; between fork and exec only system calls remain.
 #![expect(unsafe_code, reason = "a child confines itself between fork and exec")]
@@ -16,8 +17,6 @@ use landlock::{
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, setrlimit, setsid, umask};
 
-use super::{HypervisorError, VmSpec};
-
 /// The newest rules that are asked for; older kernels enforce what they know.
 const NEWEST: ABI = ABI::V6;
 
@@ -27,20 +26,35 @@ pub const ABI_WANTED: u32 = 3;
 /// Descriptors that it may have open: disks, sockets and what its threads wake each other by.
 const FILES_MAX: u64 = 1024;
 
-/// What it may write to a log where no disk is larger.
-const LOGS_MAX: u64 = 64 << 20;
+/// Libraries and modules that a VMM may need, wherever this machine has them.
+const SYSTEM_EXECUTE: [&str; 6] =
+    ["/usr/lib", "/lib", "/lib64", "/usr/lib64", "/usr/libexec", "/usr/local/lib"];
+/// What else of the system it may read.
+const SYSTEM_READ: [&str; 7] = [
+    "/usr/share/qemu",
+    "/usr/share/seabios",
+    "/usr/local/share/qemu",
+    "/etc/ld.so.cache",
+    "/dev/urandom",
+    "/proc/self",
+    "/sys/kernel/mm",
+];
+/// Devices that any VMM may use.
+const DEVICES: [&str; 1] = ["/dev/null"];
 
-/// What a process may touch.
+/// What a process may touch, besides the system's programs and libraries.
 #[derive(Debug, Clone, Default)]
-pub struct Allowed {
+pub struct Files {
+    /// Its program.
+    pub program: PathBuf,
     /// Trees and files to read.
     pub read: Vec<PathBuf>,
-    /// Trees to read and run programs and libraries from.
-    pub execute: Vec<PathBuf>,
-    /// Files and devices to read and write.
+    /// Files to read and write.
     pub write: Vec<PathBuf>,
     /// Directories in which it may make and remove files and sockets.
     pub own: Vec<PathBuf>,
+    /// Devices to use, besides those of all.
+    pub devices: Vec<PathBuf>,
 }
 
 /// Bounds of a process.
@@ -50,17 +64,6 @@ pub struct Limits {
     pub data_bytes: u64,
     /// Size of any file that it writes.
     pub file_bytes: u64,
-}
-
-impl Limits {
-    /// Bounds for a VM's process that hold on any machine; a healthy one stays far below.
-    pub fn of(spec: &VmSpec, overhead_mib: u64) -> Self {
-        let disk = spec.upper.as_ref().and_then(|path| std::fs::metadata(path).ok());
-        Self {
-            data_bytes: (spec.memory_mib + overhead_mib) << 20,
-            file_bytes: disk.map_or(0, |disk| disk.len()).max(LOGS_MAX),
-        }
-    }
 }
 
 /// Whether this kernel has landlock.
@@ -77,18 +80,12 @@ pub fn abi() -> Option<u32> {
     u32::try_from(abi).ok().filter(|&abi| abi > 0)
 }
 
-/// Says why a VMM could not be kept to its own files whole, given the kernel's version of it.
-pub fn require(abi: Option<u32>) -> Result<(), HypervisorError> {
-    let what = match abi {
-        Some(abi) if abi >= ABI_WANTED => return Ok(()),
-        Some(abi) => format!("this kernel has ABI {abi} of it, and {ABI_WANTED} is needed"),
-        None => "this kernel has none".to_owned(),
-    };
-    Err(HypervisorError::NoLandlock(what))
+/// Prepares the rules; what does not exist is left out, as it could not be touched anyway.
+pub fn prepare(files: &Files) -> io::Result<RulesetCreated> {
+    rules(files).map_err(|error| io::Error::other(format!("landlock: {error}")))
 }
 
-/// Prepares the rules; what does not exist is left out, as it could not be touched anyway.
-pub fn prepare(allowed: &Allowed) -> Result<RulesetCreated, RulesetError> {
+fn rules(files: &Files) -> Result<RulesetCreated, RulesetError> {
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let file = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::Truncate | AccessFs::IoctlDev;
     let own = file | read | AccessFs::MakeReg | AccessFs::MakeSock | AccessFs::RemoveFile;
@@ -98,42 +95,55 @@ pub fn prepare(allowed: &Allowed) -> Result<RulesetCreated, RulesetError> {
         .handle_access(AccessNet::from_all(NEWEST))?
         .scope(Scope::from_all(NEWEST))?
         .create()?;
-    for (paths, access) in [
-        (&allowed.read, read),
-        (&allowed.execute, read | AccessFs::Execute),
-        (&allowed.write, file),
-        (&allowed.own, own),
-    ] {
-        for path in paths {
+    let execute = SYSTEM_EXECUTE.iter().map(Path::new).chain([files.program.as_path()]);
+    let may_read = SYSTEM_READ.iter().map(Path::new).chain(paths(&files.read));
+    let devices = DEVICES.iter().map(Path::new).chain(paths(&files.devices));
+    let lists: [(Vec<&Path>, _); 4] = [
+        (may_read.collect(), read),
+        (execute.collect(), read | AccessFs::Execute),
+        (devices.chain(paths(&files.write)).collect(), file),
+        (paths(&files.own).collect(), own),
+    ];
+    for (list, access) in lists {
+        for path in list {
             rules = add(rules, path, access)?;
         }
     }
     Ok(rules)
 }
 
-/// Gives the command's process a session of its own, its limits, no core dumps (they would hold the
-/// guest's memory), files and sockets that are its owner's only, and only the files that the rules
+fn paths(list: &[PathBuf]) -> impl Iterator<Item = &Path> {
+    list.iter().map(PathBuf::as_path)
+}
+
+/// Gives the command's process a session of its own, its limits, and only the files that the rules
 /// allow.
 pub fn apply(command: &mut Command, rules: Option<RulesetCreated>, limits: Limits) {
     let mut rules = rules;
     let confine = move || {
         setsid()?;
-        umask(Mode::RWXG | Mode::RWXO);
-        close_the_rest()?;
-        limit(Resource::Core, 0)?;
-        limit(Resource::Nofile, FILES_MAX)?;
-        limit(Resource::Data, limits.data_bytes)?;
-        limit(Resource::Fsize, limits.file_bytes)?;
-        if let Some(rules) = rules.take() {
-            rules.restrict_self().map_err(|_| io::Error::from(io::ErrorKind::PermissionDenied))?;
-        }
-        Ok(())
+        confine_self(rules.take(), limits)
     };
     // SAFETY: after fork the closure makes system calls on what was prepared before; what else it
     // may use is the heap, which glibc makes usable in a forked child.
     unsafe {
         command.pre_exec(confine);
     }
+}
+
+/// Gives this process its limits, no core dumps (they would hold the guest's memory), files and
+/// sockets that are its owner's only, no descriptor that lives through exec but the standard ones, and
+/// only the files that the rules allow.
+pub fn confine_self(rules: Option<RulesetCreated>, limits: Limits) -> io::Result<()> {
+    umask(Mode::RWXG | Mode::RWXO);
+    close_the_rest()?;
+    limit(Resource::Core, 0)?;
+    limit(Resource::Nofile, FILES_MAX)?;
+    limit(Resource::Data, limits.data_bytes)?;
+    limit(Resource::Fsize, limits.file_bytes)?;
+    let Some(rules) = rules else { return Ok(()) };
+    rules.restrict_self().map_err(|_| io::Error::from(io::ErrorKind::PermissionDenied))?;
+    Ok(())
 }
 
 /// Lets the command's process have one descriptor besides the standard ones, under its number here.
@@ -148,19 +158,21 @@ pub fn inherit(command: &mut Command, fd: OwnedFd) {
 /// Lets the command's process have only the time that nobody else wants, and ends it with the thread
 /// that starts it.
 pub fn in_background(command: &mut Command) {
-    /// Linux' `IOPRIO_CLASS_IDLE`, for this process.
-    const IDLE_IO: libc::c_int = 3 << 13;
     end_with_starter(command);
-    let background = || {
-        rustix::process::nice(19)?;
-        // SAFETY: plain numbers. Where it is not possible, the process is a little less polite.
-        unsafe { libc::syscall(libc::SYS_ioprio_set, 1, 0, IDLE_IO) };
-        Ok(())
-    };
     // SAFETY: after fork the closure makes system calls only.
     unsafe {
-        command.pre_exec(background);
+        command.pre_exec(background_self);
     }
+}
+
+/// Lets this process have only the time that nobody else wants.
+pub fn background_self() -> io::Result<()> {
+    /// Linux' `IOPRIO_CLASS_IDLE`, for this process.
+    const IDLE_IO: libc::c_int = 3 << 13;
+    rustix::process::nice(19)?;
+    // SAFETY: plain numbers. Where it is not possible, the process is a little less polite.
+    unsafe { libc::syscall(libc::SYS_ioprio_set, 1, 0, IDLE_IO) };
+    Ok(())
 }
 
 /// Ends the command's process with the thread that starts it: nobody looks for it later.
@@ -208,20 +220,11 @@ mod tests {
     use std::fs;
 
     /// Runs a shell line under the rules; whether it succeeded.
-    fn run(allowed: &Allowed, line: &str, limits: Limits) -> bool {
+    fn run(files: &Files, line: &str, limits: Limits) -> bool {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", line]).stderr(std::process::Stdio::null());
-        apply(&mut command, Some(prepare(allowed).unwrap()), limits);
+        apply(&mut command, Some(prepare(files).unwrap()), limits);
         command.status().unwrap().success()
-    }
-
-    #[test]
-    fn what_is_required_is_refused_where_it_is_not() {
-        for (abi, says) in [(None, "has none"), (Some(2), "ABI 2"), (Some(1), "ABI 1")] {
-            let error = require(abi).unwrap_err().to_string();
-            assert!(error.contains(says) && error.contains("landlock = \"auto\""), "{error}");
-        }
-        assert!(require(Some(3)).is_ok() && require(Some(7)).is_ok());
     }
 
     #[test]
@@ -236,11 +239,11 @@ mod tests {
         fs::create_dir(&other).unwrap();
         fs::write(other.join("secret"), "s").unwrap();
         fs::write(other.join("layer"), "l").unwrap();
-        let allowed = Allowed {
+        let allowed = Files {
+            program: "/bin/sh".into(),
             read: vec![other.join("layer")],
-            execute: ["/bin", "/usr", "/lib", "/lib64"].map(PathBuf::from).to_vec(),
-            write: vec!["/dev/null".into()],
             own: vec![own.clone()],
+            ..Files::default()
         };
         let limits = Limits { data_bytes: 1 << 30, file_bytes: 1 << 20 };
         let (own, other) = (own.display(), other.display());
