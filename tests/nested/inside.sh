@@ -2,8 +2,8 @@
 # The part of run.sh that runs in the machine with an emulated processor, as root: a node whose node
 # agent is an ordinary user, and whose VMMs are started by the helper, each as a user of its own.
 set -eu
-# The folder of the project is on a file system that can map users, which the rest here cannot.
-place=$PWD
+# A file system that can map users, which the rest here cannot.
+place=/mnt/nested
 user=1234
 cd /opt/nested
 modprobe kvm-amd
@@ -12,6 +12,12 @@ chmod 600 /dev/kvm
 # With it a restored guest's memory comes as it is used.
 minor=$(sed -n 's/^ *\([0-9]*\) userfaultfd$/\1/p' /proc/misc)
 [ -z "$minor" ] || [ -e /dev/userfaultfd ] || mknod /dev/userfaultfd c 10 "$minor"
+modprobe loop
+[ -e /dev/loop0 ] || mknod /dev/loop0 b 7 0
+truncate -s 7G /nested.img
+mkfs.ext4 -q /nested.img
+mkdir -p "$place"
+mount -o loop /nested.img "$place"
 install -m 755 cloud-hypervisor /usr/local/bin/cloud-hypervisor
 mkdir -p "$place/xdg" "$place/tmp" "$place/home"
 mv cache "$place/xdg/towline"

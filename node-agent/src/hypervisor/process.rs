@@ -5,6 +5,7 @@
 //! allows it. The guest agent makes the sandbox from within (`node-agent/guest/src/process.rs`);
 //! here is what must be done from outside, before it may start and after it has ended.
 
+mod connections;
 mod filter;
 mod spawn;
 
@@ -114,7 +115,7 @@ impl Process {
             processes: u64::from(spec.processes_max) + AGENTS_PROCESSES,
             cpus: spec.cpus,
         };
-        cgroup.remove().map_err(io("clean the cgroup of", &dir))?;
+        remove(&cgroup).map_err(io("clean the cgroup of", &dir))?;
         cgroup.make(&limits, first_id).map_err(io("make the cgroup of", &dir))?;
         let started = self.start(&setup, &dir, &cgroup);
         if started.is_err() {
@@ -181,7 +182,7 @@ impl Hypervisor for Process {
         match Vm::find_sandbox(&dir, cgroup.clone()) {
             Some(vm) => Ok(Some(vm)),
             None => {
-                cgroup.remove().map_err(HypervisorError::io("clean the cgroup of", &dir))?;
+                remove(&cgroup).map_err(HypervisorError::io("clean the cgroup of", &dir))?;
                 Ok(None)
             }
         }
@@ -206,6 +207,21 @@ impl Process {
         let is_first = arguments.next()? == PROCESS_NAME.as_bytes();
         is_first.then_some(PathBuf::from(OsStr::from_bytes(arguments.next()?)))
     }
+}
+
+/// Kills all that is left of a sandbox, also what waits for an answer that nobody will give.
+pub(super) fn kill(cgroup: &Cgroup) {
+    // What is not there cannot be killed.
+    let _ = cgroup.kill();
+    if let Err(error) = connections::abort(&cgroup.processes()) {
+        tracing::warn!(%error, "local image of a killed sandbox not ended");
+    }
+}
+
+/// Kills what is left in it and removes it.
+fn remove(cgroup: &Cgroup) -> io::Result<()> {
+    kill(cgroup);
+    cgroup.remove()
 }
 
 /// The guest link's socket: listening before anybody could connect, by a path of any length.

@@ -266,9 +266,15 @@ impl Vm {
             return self.end_by(helped, true);
         }
         match pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
-            Err(error) => Err(error.into()),
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(error) => return Err(error.into()),
         }
+        if let Kind::Sandbox { cgroup, .. } = &self.kind
+            && let Some(cgroup) = &*cgroup.lock().unwrap_or_else(PoisonError::into_inner)
+        {
+            process::kill(cgroup);
+        }
+        Ok(())
     }
 
     fn end_by(&self, helped: &Helped, kill: bool) -> io::Result<()> {
