@@ -240,7 +240,8 @@ mod tests {
         fs::write(other.join("secret"), "s").unwrap();
         fs::write(other.join("layer"), "l").unwrap();
         let allowed = Files {
-            program: "/bin/sh".into(),
+            // The shell, and what it runs here.
+            program: "/usr/bin".into(),
             read: vec![other.join("layer")],
             own: vec![own.clone()],
             ..Files::default()
