@@ -102,9 +102,27 @@ impl GuestLink {
         secret: [u8; 32],
         bound: Duration,
     ) -> Result<Self, GuestLinkError> {
+        Self::connect_as(vm, &[Marker::new(secret), Marker::BOOT], bound).await
+    }
+
+    /// As [`GuestLink::connect`], to a copy of the guest whose secret was `source`, which is about to
+    /// take `secret` in its place (`Become.resync_marker`), in the midst of this session.
+    pub async fn connect_copy(
+        vm: &Vm,
+        secret: [u8; 32],
+        source: [u8; 32],
+        bound: Duration,
+    ) -> Result<Self, GuestLinkError> {
+        Self::connect_as(vm, &[Marker::new(secret), Marker::new(source)], bound).await
+    }
+
+    async fn connect_as(
+        vm: &Vm,
+        markers: &[Marker],
+        bound: Duration,
+    ) -> Result<Self, GuestLinkError> {
         let waiting = Waiting::new(bound);
-        let markers = [Marker::new(secret), Marker::BOOT];
-        let work = Self::connect_within(vm, &markers, &waiting);
+        let work = Self::connect_within(vm, markers, &waiting);
         until_exit(vm, &waiting, work).await
     }
 

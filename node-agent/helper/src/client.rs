@@ -32,7 +32,7 @@ pub enum HelperError {
         source: io::Error,
     },
     /// It refused.
-    #[error("the node's helper refused: {0}")]
+    #[error("the node's helper, which keeps a log, refused: {0}")]
     Refused(String),
 }
 

@@ -13,7 +13,10 @@ pub type Connection = u64;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// The program is not listed.
-    #[error("`{0}` is not among the `programs` of the helper's configuration")]
+    #[error(
+        "`{0}` is not among the `programs` of the helper's configuration: list it there, and start the \
+         helper anew"
+    )]
     Program(String),
     /// One of this name runs.
     #[error("the VM {name} runs already, as process {pid}")]

@@ -161,6 +161,9 @@ impl Server {
             Ok(request) => self.answer(connection, request, fds),
             Err(error) => refused(&error),
         };
+        if let Answer::Refused { problem } = &answer {
+            tracing::warn!(problem, "refused");
+        }
         let sent = serde_json::to_vec(&answer).map_err(io::Error::other).and_then(|answer| {
             let socket = self.connections.get(&connection).ok_or(io::ErrorKind::NotConnected)?;
             packet::send(socket, &answer, &[])
@@ -218,8 +221,8 @@ impl Server {
             }
             Err(error) => {
                 let _ = cgroup.remove();
-                tracing::warn!(name = %order.spawn.name, %error, "vmm not started");
-                refused(&error)
+                let problem = format!("the VM {} was not started: {error}", order.spawn.name);
+                Answer::Refused { problem }
             }
         }
     }

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::task::block_in_place;
 use towline_node_helper::client::Helper;
 use towline_node_helper::confine::{self, Files, Limits};
 use towline_node_helper::protocol::{Access, Bounds, Given, Name, Spawn};
@@ -82,6 +84,14 @@ pub(crate) fn require_landlock(abi: Option<u32>) -> Result<(), HypervisorError> 
     Err(HypervisorError::NoLandlock(what))
 }
 
+/// Waits for the helper's answer, which has a bound, while the runtime goes on with its other tasks.
+pub(super) fn waiting<T>(ask: impl FnOnce() -> T) -> T {
+    match Handle::try_current().map(|runtime| runtime.runtime_flavor()) {
+        Ok(RuntimeFlavor::MultiThread) => block_in_place(ask),
+        _ => ask(),
+    }
+}
+
 impl Starter {
     /// Whether a VMM has a user of its own.
     pub(crate) fn is_helper(&self) -> bool {
@@ -117,7 +127,7 @@ impl Starter {
     ) -> Result<Option<Vm>, HypervisorError> {
         if let Self::Helper(helper) = self {
             let name = Name::of(&fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned()));
-            let running = helper.list()?;
+            let running = waiting(|| helper.list())?;
             if let Some(running) = running.into_iter().find(|running| running.name == name) {
                 let found = Vm::helped(Helped::new(helper, &running, None), dir, program, vmm);
                 // A node agent that died before it could note it is one of the reasons to look.
@@ -133,7 +143,7 @@ impl Starter {
         let mut strays = vm::strays(folder, program, vmm);
         let Self::Helper(helper) = self else { return strays };
         let folder = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
-        for running in helper.list().unwrap_or_default() {
+        for running in waiting(|| helper.list()).unwrap_or_default() {
             let dir = PathBuf::from(&running.dir);
             if dir.starts_with(&folder) && !dir.exists() {
                 strays.extend(Vm::helped(Helped::new(helper, &running, None), &dir, program, vmm));
@@ -199,12 +209,12 @@ fn start_by(helper: &Arc<Helper>, launch: Launch<'_>, log: &File) -> Result<Vm, 
     let mut all: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
     all.extend([log.as_fd(), tells.as_fd()]);
     all.extend(launch.inherited.as_ref().map(AsFd::as_fd));
-    let running = match helper.spawn(spawn, &all) {
+    let running = match waiting(|| helper.spawn(spawn, &all)) {
         Ok(running) => running,
         Err(error) => {
             // It may have been started all the same, and the answer lost.
             if !matches!(error, towline_node_helper::client::HelperError::Refused(_)) {
-                let _ = helper.end(name, true);
+                let _ = waiting(|| helper.end(name, true));
             }
             return Err(error.into());
         }

@@ -26,6 +26,7 @@ use tokio::net::unix::pipe;
 use tokio::time::timeout;
 
 use super::cloud_hypervisor;
+use super::launch::waiting;
 use super::process;
 use super::processes::{boot_id, executable, running_in, running_in_removed, start_time};
 use super::qmp::Qmp;
@@ -278,7 +279,7 @@ impl Vm {
     }
 
     fn end_by(&self, helped: &Helped, kill: bool) -> io::Result<()> {
-        match helped.helper.end(helped.name(), kill) {
+        match waiting(|| helped.helper.end(helped.name(), kill)) {
             // It is gone already.
             Err(_) if !self.is_running() => Ok(()),
             result => result.map_err(|error| io::Error::other(crate::chain(&error))),

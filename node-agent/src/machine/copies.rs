@@ -63,17 +63,17 @@ impl Machine {
         moment: &Moment,
     ) -> Result<(), Failure> {
         let talk = async {
-            let mut link = GuestLink::connect(&attendance.vm, moment.secret, HELLO_MAX)
-                .await
-                .map_err(|error| transient(&error))?;
+            let (vm, secret) = (&attendance.vm, attendance.secret);
+            let link = GuestLink::connect_copy(vm, secret, moment.secret, HELLO_MAX).await;
+            let mut link = link.map_err(|error| transient(&error))?;
             // What has run before it knows who it is would share its secrets.
             if !link.hello.configured || !link.hello.frozen {
                 return Err(lasting(format!(
                     "the copy's workload was not frozen when it was saved: {AGAIN}"
                 )));
             }
-            let order = guest_become(assignment, fork, attendance.secret)
-                .map_err(|error| transient(&error))?;
+            let order =
+                guest_become(assignment, fork, secret).map_err(|error| transient(&error))?;
             let opened = attendance.become_copy(&mut link, order, CONFIGURE_MAX).await;
             Ok((link, opened.map_err(|error| transient(&error))?))
         };

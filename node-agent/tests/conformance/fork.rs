@@ -155,8 +155,8 @@ pub(crate) async fn is_copied(driver: &dyn Hypervisor) {
 
     let layers = vec![layer(first).unwrap()];
     let (mut one, mut two) = tokio::join!(
-        copy(driver, second, &saved, layers.clone()),
-        copy(driver, third, &saved, layers.clone()),
+        copy(driver, second, &saved, layers.clone(), 1),
+        copy(driver, third, &saved, layers.clone(), 2),
     );
     for (copy, n) in [(&mut one, 1), (&mut two, 2)] {
         let refused = order(copy, Command::Become(Become { entropy: vec![], ..become_(n) })).await;
@@ -166,6 +166,7 @@ pub(crate) async fn is_copied(driver: &dyn Hypervisor) {
         // Once it runs, it is who it is. (A secret that it knows already would begin a session.)
         let again = order(copy, Command::Become(become_(n + 10))).await;
         assert!(matches!(again, Event::Became(Became { error: Some(_), .. })), "{again:?}");
+        check_nothing_held_back(copy, n).await;
     }
     let drawn = [draw(&original).await, draw(&one).await, draw(&two).await];
     for (a, b) in [(0, 1), (0, 2), (1, 2)] {
@@ -197,10 +198,38 @@ async fn draw(guest: &Guest) -> String {
     out.stdout
 }
 
+/// What ends like the start of the secret that it was given in this very session is no secret.
+async fn check_nothing_held_back(copy: &Guest, n: u8) {
+    let (mut reader, mut writer) = copy.open(start(&["cat"])).await;
+    let _started: ExecStarted = message(&mut reader, FrameKind::Started).await;
+    let mut offset = 0;
+    for len in 1..32 {
+        let said = vec![n; len];
+        writer.send_data(FrameKind::Stdin, offset, &said).await.unwrap();
+        offset += len as u64;
+        let mut echoed = 0;
+        while echoed < len {
+            let next = tokio::time::timeout(BOOT_MAX, frame(&mut reader)).await;
+            let next = next.unwrap_or_else(|_| panic!("{echoed} of {len} bytes came back"));
+            if next.is(FrameKind::Stdout) {
+                echoed += next.split_data().unwrap().1.len();
+            }
+        }
+    }
+    writer.send_data(FrameKind::StdinEof, offset, &[]).await.unwrap();
+    to_the_end(&mut reader, &mut writer).await;
+}
+
 /// Up to the hello: it is still the original, and stands still.
-async fn copy(driver: &dyn Hypervisor, dir: &Path, saved: &Path, layers: Vec<PathBuf>) -> Guest {
+async fn copy(
+    driver: &dyn Hypervisor,
+    dir: &Path,
+    saved: &Path,
+    layers: Vec<PathBuf>,
+    n: u8,
+) -> Guest {
     let vm = Machine(driver.start_copy(&spec(dir, layers), saved).await.unwrap());
-    let link = GuestLink::connect(&vm, SECRET, BOOT_MAX).await.unwrap();
+    let link = GuestLink::connect_copy(&vm, [n; 32], SECRET, BOOT_MAX).await.unwrap();
     assert!(link.hello.configured && link.hello.frozen);
     let next_key = std::cell::Cell::new(1 << 64);
     Guest { capabilities: driver.capabilities().clone(), vm, link, next_key }
