@@ -10,7 +10,7 @@ use towline_node_agent::hypervisor::cloud_hypervisor::{
     self, CloudHypervisor, CloudHypervisorConfig,
 };
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
-use towline_node_agent::hypervisor::{Hypervisor, Starter, VmSpec};
+use towline_node_agent::hypervisor::{DiskLimits, Hypervisor, Starter, VmSpec};
 use towline_node_agent::{initramfs, kernel};
 
 const BOUND: Duration = Duration::from_secs(120);
@@ -36,15 +36,22 @@ async fn boot(
 ) -> anyhow::Result<Duration> {
     let kernel = kernel::ensure(&cache_dir, &|_| {})?;
     let initramfs = initramfs::ensure(&cache_dir, &kernel, guest_agent)?;
-    let starter = Starter::Own;
+    let (starter, disk_limits) = (Starter::Own, DiskLimits::default());
     let driver: Box<dyn Hypervisor> = match cloud_hypervisor::find_program() {
         Some(program) => {
-            let config = CloudHypervisorConfig { cache_dir, program, kernel, initramfs, starter };
+            let config = CloudHypervisorConfig {
+                cache_dir,
+                program,
+                kernel,
+                initramfs,
+                starter,
+                disk_limits,
+            };
             Box::new(CloudHypervisor::new(config).await?)
         }
         None => {
-            let config =
-                QemuConfig { cache_dir, kernel, initramfs, accel: AccelChoice::Auto, starter };
+            let accel = AccelChoice::Auto;
+            let config = QemuConfig { cache_dir, kernel, initramfs, accel, starter, disk_limits };
             Box::new(Qemu::new(config).await?)
         }
     };

@@ -11,6 +11,7 @@ use serde::Deserialize;
 use towline_link::identity::check_name;
 
 use crate::egress::rules::{self, OperatorRules, RuleText};
+use crate::hypervisor::DiskLimits;
 use crate::hypervisor::cloud_hypervisor;
 use crate::hypervisor::qemu::AccelChoice;
 
@@ -20,6 +21,9 @@ pub const GUEST_AGENT_VARIABLE: &str = "TOWLINE_GUEST_AGENT";
 pub const HELPER_VARIABLE: &str = "TOWLINE_HELPER";
 /// Leases that can be kept: a restart of the node agent must fit in.
 const LEASE_S: std::ops::RangeInclusive<u64> = 10..=3600;
+/// Least limits of a VM's disks.
+const DISK_MIB_S_MIN: u32 = 4;
+const DISK_IOPS_MIN: u32 = 100;
 /// The static guest agent's file beside this program.
 const GUEST_AGENT_FILE: &str = "towline-guest-agent-static";
 
@@ -42,6 +46,8 @@ const KEYS: &[&str] = &[
     "landlock",
     "helper",
     "lease_s",
+    "disk_mib_s",
+    "disk_iops",
     "guest_console",
     "warm",
     "private_registries",
@@ -130,6 +136,8 @@ pub struct Config {
     pub helper: Option<PathBuf>,
     /// Has the helper kill all VMs when the node agent has been gone for so long; never by default.
     pub lease: Option<Duration>,
+    /// What the disks of one VM may move.
+    pub disk_limits: DiskLimits,
     /// Keeps each guest's console in a file, for debugging.
     pub guest_console: bool,
     /// Keeps guests that have booted as templates, and starts from them (the default).
@@ -183,6 +191,8 @@ struct File {
     landlock: Option<String>,
     helper: Option<PathBuf>,
     lease_s: Option<u64>,
+    disk_mib_s: Option<u32>,
+    disk_iops: Option<u32>,
     #[serde(default)]
     guest_console: bool,
     warm: Option<bool>,
@@ -264,12 +274,25 @@ impl Config {
             },
             lease: lease(file.lease_s, file.helper.as_deref()).map_err(value)?,
             helper: file.helper.or_else(helper_of_environment),
+            disk_limits: DiskLimits {
+                mib_s: at_least("disk_mib_s", file.disk_mib_s, DISK_MIB_S_MIN).map_err(value)?,
+                iops: at_least("disk_iops", file.disk_iops, DISK_IOPS_MIN).map_err(value)?,
+            },
             guest_console: file.guest_console,
             warm: file.warm.unwrap_or(true),
             private_registries: file.private_registries,
             egress: OperatorRules::parse(file.egress.allow).map_err(value)?,
             isolation_process: file.isolation_process,
         })
+    }
+}
+
+fn at_least(key: &str, given: Option<u32>, min: u32) -> Result<Option<u32>, String> {
+    match given {
+        Some(given) if given < min => {
+            Err(format!("`{key}` is {given}; with less than {min} a guest may not boot in time"))
+        }
+        given => Ok(given),
     }
 }
 
@@ -373,6 +396,8 @@ mod tests {
         assert!(error("vmm = \"xen\"").contains("auto, qemu or cloud-hypervisor"));
         assert!(error("lease_s = 20").contains("needs a `helper`"));
         assert!(error("helper = '/h'\nlease_s = 1").contains("10 to 3600"));
+        assert!(error("disk_mib_s = 1").contains("with less than 4 a guest"));
+        assert!(error("disk_iops = 0").contains("with less than 100 a guest"));
         assert!(error("link_listen = \"here\"").contains("`link_listen` is `here`"));
         assert!(error("cpus = \"two\"").contains("cpus"));
         assert!(error("egress.alow = []").contains("did you mean `allow`?"));

@@ -164,6 +164,21 @@ pub struct VmSpec {
     pub console: bool,
 }
 
+/// Bounds of what the disks of one VM move, all together and in both directions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct DiskLimits {
+    /// MiB a second.
+    pub mib_s: Option<u32>,
+    /// Requests a second.
+    pub iops: Option<u32>,
+}
+
+impl DiskLimits {
+    fn bytes_s(self) -> Option<u64> {
+        self.mib_s.map(|mib| u64::from(mib) << 20)
+    }
+}
+
 /// How guest instructions are executed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Accel {

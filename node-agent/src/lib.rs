@@ -96,7 +96,8 @@ pub fn prepare(config: &Config) -> anyhow::Result<QemuConfig> {
     let initramfs = initramfs::ensure(&config.cache_dir, &kernel, &config.guest_agent)
         .context("making the guest's initramfs")?;
     let (cache_dir, accel, starter) = (config.cache_dir.clone(), config.accel, starter(config));
-    Ok(QemuConfig { cache_dir, kernel, initramfs, accel, starter })
+    let disk_limits = config.disk_limits;
+    Ok(QemuConfig { cache_dir, kernel, initramfs, accel, starter, disk_limits })
 }
 
 /// Who starts VMMs, as configured.
@@ -107,11 +108,29 @@ fn starter(config: &Config) -> Starter {
 
 /// Runs a node agent with the drivers of this machine until `stop` is ready. VMs live on.
 pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    // The only one on these data, or it has no say about a lease.
     let store = Arc::new(Store::open(&config.data_dir)?);
     let helper = config.helper.as_ref().map(|socket| Arc::new(Helper::new(socket)));
     if let Some(helper) = &helper {
         lease::renew(helper, config.lease).await.context("`helper` is configured")?;
     }
+    // Also while a kernel is fetched, or a VMM is tried: VMs of the node agent before run meanwhile.
+    let lease = config.lease;
+    let running = Box::pin(start_on(store, config, stop));
+    match (&helper, lease) {
+        (Some(helper), Some(lease)) => tokio::select! {
+            result = running => result,
+            never = lease::renew_forever(helper, lease) => match never {},
+        },
+        _ => running.await,
+    }
+}
+
+async fn start_on(
+    store: Arc<Store>,
+    config: Config,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     let wanted = config.clone();
     let qemu = tokio::task::spawn_blocking(move || prepare(&wanted)).await??;
     let running = running_vmm(&store);
@@ -133,15 +152,7 @@ pub async fn start(config: Config, stop: impl Future<Output = ()>) -> anyhow::Re
         own: Own::of_machine(config.control_plane.clone(), config.link_advertise.as_deref()),
         resolver: Arc::new(SystemResolver::default()),
     };
-    let lease = config.lease;
-    let running = run(config, store, Hypervisors::new(drivers), outside, Path::new("/"), stop);
-    match (&helper, lease) {
-        (Some(helper), Some(lease)) => tokio::select! {
-            result = running => result,
-            never = lease::renew_forever(helper, lease) => match never {},
-        },
-        _ => running.await,
-    }
+    run(config, store, Hypervisors::new(drivers), outside, Path::new("/"), stop).await
 }
 
 /// What VMs of an earlier node agent run under, if there are some.
@@ -178,8 +189,9 @@ async fn vm_driver(
         }
     };
     if let Some(program) = wanted {
-        let QemuConfig { cache_dir, kernel, initramfs, starter, .. } = qemu.clone();
-        let wanted = CloudHypervisorConfig { cache_dir, program, kernel, initramfs, starter };
+        let QemuConfig { cache_dir, kernel, initramfs, starter, disk_limits, .. } = qemu.clone();
+        let wanted =
+            CloudHypervisorConfig { cache_dir, program, kernel, initramfs, starter, disk_limits };
         match CloudHypervisor::new(wanted).await {
             Ok(driver) => return Ok(Arc::new(driver)),
             Err(error) if choice == VmmChoice::CloudHypervisor => return Err(error),

@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use towline_node_agent::hypervisor::cloud_hypervisor::{CloudHypervisor, CloudHypervisorConfig};
-use towline_node_agent::hypervisor::{Hypervisor, HypervisorError, Starter, VmSpec};
+use towline_node_agent::hypervisor::{DiskLimits, Hypervisor, HypervisorError, Starter, VmSpec};
 use towline_node_agent::kernel::Kernel;
 
 /// The orders of a start, in their order.
@@ -36,6 +36,7 @@ fn driver(dir: &Path, fault: &str) -> Result<CloudHypervisor, HypervisorError> {
         },
         initramfs: vmlinux,
         starter: Starter::Own,
+        disk_limits: DiskLimits::default(),
     })
 }
 

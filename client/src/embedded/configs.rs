@@ -47,7 +47,8 @@ struct NodeConfig {
     egress: toml::Table,
 }
 
-/// What of this machine sandboxes may have together; left out: the node agent's own choice.
+/// What of this machine sandboxes may have together, and the disks of each; left out: the node
+/// agent's own choice.
 #[derive(Debug, Default, Clone, Copy, Serialize)]
 struct Offers {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -56,6 +57,10 @@ struct Offers {
     memory_mib: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     disk_mib: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk_mib_s: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    disk_iops: Option<u32>,
 }
 
 /// The part of a node's configuration that its user writes where there is no other operator.
@@ -65,6 +70,8 @@ struct UserNodeConfig {
     cpus: Option<u32>,
     memory_mib: Option<u64>,
     disk_mib: Option<u64>,
+    disk_mib_s: Option<u32>,
+    disk_iops: Option<u32>,
     /// As the node agent reads it, which also checks it.
     #[serde(default)]
     egress: toml::Table,
@@ -98,7 +105,13 @@ pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
         warm: env_vars::get(env_vars::TOWLINE_WARM).is_none_or(|value| value != "off"),
         isolation_process,
         guest_agent: env_vars::get(env_vars::TOWLINE_GUEST_AGENT).map(PathBuf::from),
-        offers: Offers { cpus: user.cpus, memory_mib: user.memory_mib, disk_mib: user.disk_mib },
+        offers: Offers {
+            cpus: user.cpus,
+            memory_mib: user.memory_mib,
+            disk_mib: user.disk_mib,
+            disk_mib_s: user.disk_mib_s,
+            disk_iops: user.disk_iops,
+        },
         egress: user.egress,
     };
     store(layout.member_config(), &member)?;
@@ -157,13 +170,15 @@ mod tests {
         };
         fs::create_dir(dir.path().join("config")).unwrap();
         let file = layout.user_node_config();
-        let allow = "cpus = 3\n[[egress.allow]]\nname = 'mirror.example'\nports = [443]\n";
+        let allow =
+            "cpus = 3\ndisk_iops = 900\n[[egress.allow]]\nname = 'mirror.example'\nports = [443]\n";
         fs::write(&file, allow).unwrap();
         write(&layout).unwrap();
         let written: toml::Table =
             fs::read_to_string(layout.node_config()).unwrap().parse().unwrap();
         assert_eq!(written["egress"]["allow"][0]["name"].as_str(), Some("mirror.example"));
         assert_eq!(written["cpus"].as_integer(), Some(3));
+        assert_eq!(written["disk_iops"].as_integer(), Some(900));
         assert!(!written.contains_key("memory_mib"), "{written}");
         assert_eq!(written["name"].as_str(), Some(NODE));
         fs::write(&file, "data_dir = '/elsewhere'").unwrap();

@@ -25,8 +25,8 @@ use super::probe::{self, Subject};
 use super::template::{Fits, Saves, Templates};
 use super::vm::remove_stale;
 use super::{
-    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Starter, Vm, VmExit, VmShape,
-    VmSpec, Vmm,
+    Accel, Capabilities, DiskLimits, Hypervisor, HypervisorError, LINK_SOCKET, Starter, Vm, VmExit,
+    VmShape, VmSpec, Vmm,
 };
 use crate::kernel::Kernel;
 use api::{API_SOCKET, Api};
@@ -70,6 +70,8 @@ pub struct CloudHypervisorConfig {
     pub initramfs: PathBuf,
     /// Who starts it.
     pub starter: Starter,
+    /// What a VM's disks may move.
+    pub disk_limits: DiskLimits,
 }
 
 /// The driver.
@@ -81,6 +83,7 @@ pub struct CloudHypervisor {
     capabilities: Capabilities,
     templates: Option<Templates>,
     starter: Starter,
+    disk_limits: DiskLimits,
 }
 
 /// How a VM begins.
@@ -178,16 +181,26 @@ impl CloudHypervisor {
             process_limit: true,
             missing,
         };
-        let CloudHypervisorConfig { cache_dir, kernel, initramfs, starter, .. } = config.clone();
-        let templates = None;
-        let mut driver = Self { program, kernel, initramfs, capabilities, templates, starter };
+        let CloudHypervisorConfig { cache_dir, kernel, initramfs, starter, disk_limits, .. } =
+            config.clone();
+        let mut driver = Self {
+            program,
+            kernel,
+            initramfs,
+            capabilities,
+            templates: None,
+            starter,
+            disk_limits,
+        };
+        // A saved guest's limits are those with which it was saved.
+        let limits = format!("{disk_limits:?}");
         if driver.capabilities.snapshot {
             let fits = Fits {
                 program: &driver.program,
                 version: &driver.capabilities.version,
                 kernel: &driver.kernel,
                 initramfs: &driver.initramfs,
-                machine: &["cloud-hypervisor", config::MACHINE],
+                machine: &["cloud-hypervisor", config::MACHINE, &limits],
             };
             driver.templates = Some(Templates::new(&cache_dir, &fits));
         }

@@ -23,8 +23,8 @@ use super::probe::{self, Subject};
 use super::template::{Fits, Saves, Templates};
 use super::vm::{ORDERS_SOCKET, remove_stale};
 use super::{
-    Accel, Capabilities, Hypervisor, HypervisorError, LINK_SOCKET, Starter, Vm, VmShape, VmSpec,
-    Vmm, tsc,
+    Accel, Capabilities, DiskLimits, Hypervisor, HypervisorError, LINK_SOCKET, Starter, Vm,
+    VmShape, VmSpec, Vmm, tsc,
 };
 use crate::kernel::Kernel;
 
@@ -61,6 +61,8 @@ pub struct QemuConfig {
     pub accel: AccelChoice,
     /// Who starts it.
     pub starter: Starter,
+    /// What a VM's disks may move.
+    pub disk_limits: DiskLimits,
 }
 
 /// The driver.
@@ -73,6 +75,7 @@ pub struct Qemu {
     capabilities: Capabilities,
     templates: Option<Templates>,
     starter: Starter,
+    disk_limits: DiskLimits,
 }
 
 /// How the process of a VM begins.
@@ -122,6 +125,7 @@ impl Qemu {
             },
             templates: None,
             starter: config.starter,
+            disk_limits: config.disk_limits,
         };
         let verdict = match config.accel {
             AccelChoice::Tcg => Err("accel = \"tcg\" is configured".into()),

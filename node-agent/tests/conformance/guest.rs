@@ -15,7 +15,7 @@ use towline_node_agent::hypervisor::cloud_hypervisor::{
 use towline_node_agent::hypervisor::process::Process;
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
 use towline_node_agent::hypervisor::{
-    Capabilities, Hypervisor, HypervisorError, Starter, Vm, VmSpec,
+    Capabilities, DiskLimits, Hypervisor, HypervisorError, Starter, Vm, VmSpec,
 };
 use towline_node_agent::{disks, initramfs, kernel};
 use towline_node_helper::client::Helper;
@@ -232,7 +232,7 @@ pub(crate) fn configuration() -> GuestConfigure {
 }
 
 /// The cache that the product uses too, so that the kernel is downloaded once.
-fn cache_dir() -> PathBuf {
+pub(crate) fn cache_dir() -> PathBuf {
     let base = std::env::var_os("XDG_CACHE_HOME")
         .map(PathBuf::from)
         .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")));
@@ -328,11 +328,14 @@ pub(crate) async fn qemu() -> Option<Qemu> {
 
 /// The `cloud-hypervisor` driver, or `None` with a word why.
 pub(crate) async fn cloud_hypervisor() -> Option<CloudHypervisor> {
-    cloud_hypervisor_in(None).await
+    cloud_hypervisor_in(None, DiskLimits::default()).await
 }
 
 /// The same with a cache of its own for templates.
-pub(crate) async fn cloud_hypervisor_in(cache: Option<&Path>) -> Option<CloudHypervisor> {
+pub(crate) async fn cloud_hypervisor_in(
+    cache: Option<&Path>,
+    disk_limits: DiskLimits,
+) -> Option<CloudHypervisor> {
     let Some(program) = std::env::var_os(PROGRAM_VARIABLE).filter(|path| !path.is_empty()) else {
         eprintln!("SKIPPED: no Cloud Hypervisor binary");
         return None;
@@ -340,7 +343,8 @@ pub(crate) async fn cloud_hypervisor_in(cache: Option<&Path>) -> Option<CloudHyp
     let QemuConfig { cache_dir, kernel, initramfs, starter, .. } = config()?;
     let cache_dir = cache.map_or(cache_dir, Path::to_owned);
     let program = program.into();
-    let wanted = CloudHypervisorConfig { cache_dir, program, kernel, initramfs, starter };
+    let wanted =
+        CloudHypervisorConfig { cache_dir, program, kernel, initramfs, starter, disk_limits };
     match CloudHypervisor::new(wanted).await {
         Ok(driver) => Some(driver),
         Err(HypervisorError::NoKvm(why)) => {
@@ -369,8 +373,8 @@ pub(crate) fn config() -> Option<QemuConfig> {
         Err(error) => panic!("{error:?}"),
     };
     let initramfs = initramfs::ensure(&cache, &kernel, &guest_agent()).unwrap();
-    let (accel, starter) = (AccelChoice::Auto, starter());
-    Some(QemuConfig { cache_dir: cache, kernel, initramfs, accel, starter })
+    let (accel, starter, disk_limits) = (AccelChoice::Auto, starter(), DiskLimits::default());
+    Some(QemuConfig { cache_dir: cache, kernel, initramfs, accel, starter, disk_limits })
 }
 
 /// The `process` driver, or `None` with a word why.
@@ -390,7 +394,7 @@ pub(crate) fn process() -> Option<Process> {
 }
 
 /// The static guest agent: the one named by the environment, or built now.
-fn guest_agent() -> PathBuf {
+pub(crate) fn guest_agent() -> PathBuf {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     if let Some(given) = std::env::var_os("TOWLINE_GUEST_AGENT") {
         return given.into();

@@ -7,13 +7,14 @@ use std::process::{Child, Command};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
 use towline_node_agent::config::HELPER_VARIABLE;
-use towline_node_agent::hypervisor::Starter;
 use towline_node_agent::hypervisor::qemu::Qemu;
+use towline_node_agent::hypervisor::{Hypervisor, Starter};
 use towline_node_helper::client::Helper;
 
-use super::guest::{BOOT_MAX, config, run_async};
+use super::guest::{BOOT_MAX, Guest, cache_dir, config, guest_agent, run_async, spec, vm_dir};
 use super::{conforms, fork, warm};
 
 const UIDS_FIRST: u32 = 0x7001_0000;
@@ -109,5 +110,73 @@ fn vm_of_another_user_is_copied() {
         let Some((_helper, starter)) = OwnHelper::start() else { return };
         let Some(driver) = qemu(starter, None).await else { return };
         fork::is_copied(&driver).await;
+    });
+}
+
+/// A node agent with a lease, that knows no control plane.
+struct LeasedAgent(Child);
+
+impl LeasedAgent {
+    fn start(folder: &Path) -> Self {
+        let config = format!(
+            "name = 'leased'\ncontrol_plane = ['127.0.0.1:1']\ntoken_file = '/nonexistent'\n\
+             data_dir = '{folder}/data'\ncache_dir = '{}'\nguest_agent = '{}'\nvmm = 'qemu'\n\
+             accel = 'tcg'\nhelper = '{folder}/helper.sock'\nlease_s = 10\n",
+            cache_dir().display(),
+            guest_agent().display(),
+            folder = folder.display(),
+        );
+        let file = folder.join("node-agent.toml");
+        std::fs::write(&file, config).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_towline-node-agent"));
+        Self(command.arg("--config").arg(file).spawn().unwrap())
+    }
+
+    fn signal(&self, signal: Signal) {
+        rustix::process::kill_process(Pid::from_child(&self.0), signal).unwrap();
+    }
+}
+
+impl Drop for LeasedAgent {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+async fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let until = Instant::now() + BOOT_MAX;
+    while !done() {
+        assert!(Instant::now() < until, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Dead and standing still are alike to it; while it renews, VMs run on beyond any one deadline.
+#[test]
+fn vm_of_a_node_agent_that_stands_still_is_ended_at_the_deadline() {
+    run_async(async {
+        let Some((helper, starter)) = OwnHelper::start() else { return };
+        let Some(driver) = qemu(starter, None).await else { return };
+        let (_guard, dir) = vm_dir();
+        let Some(guest) = Guest::boot(&driver, &dir).await else { return };
+        let agent = LeasedAgent::start(helper.folder.path());
+        let deadline = || std::fs::read_to_string(helper.folder.path().join("helper/lease")).ok();
+        let mut last = None;
+        // The first, and four renewals: longer than one lease.
+        for _ in 0..5 {
+            until("it renews", || deadline().is_some_and(|now| Some(now) != last)).await;
+            last = deadline();
+        }
+        assert_eq!(guest.run(&["sh", "-c", "exit 7"]).await.code, 7);
+        agent.signal(Signal::STOP);
+        until("it is ended", || !guest.vm.is_running()).await;
+        let (_guard, dir) = vm_dir();
+        let refused = driver.boot(&spec(&dir, vec![])).await.unwrap_err().to_string();
+        assert!(refused.contains("lease has ended"), "{refused}");
+        agent.signal(Signal::CONT);
+        until("it renews", || deadline() != last).await;
+        let guest = Guest::boot(&driver, &dir).await.unwrap();
+        assert_eq!(guest.run(&["sh", "-c", "exit 7"]).await.code, 7);
     });
 }

@@ -14,6 +14,7 @@ mod fork;
 mod guest;
 mod helper;
 mod hostile;
+mod limits;
 mod local_image;
 mod net;
 mod warm;

@@ -9,7 +9,7 @@ use futures_util::future::BoxFuture;
 use towline_node_agent::guest_link::GuestLink;
 use towline_node_agent::hypervisor::cloud_hypervisor::CloudHypervisor;
 use towline_node_agent::hypervisor::qemu::Qemu;
-use towline_node_agent::hypervisor::{Hypervisor, VmShape};
+use towline_node_agent::hypervisor::{DiskLimits, Hypervisor, VmShape};
 use towline_proto::v1::{ExecStart, GuestConfigure, User};
 
 use crate::guest::{
@@ -17,7 +17,7 @@ use crate::guest::{
     start, vm_dir,
 };
 
-const SHAPE: VmShape = VmShape { cpus: 1, memory_mib: 320 };
+pub(crate) const SHAPE: VmShape = VmShape { cpus: 1, memory_mib: 320 };
 
 /// What programs can see of a machine, a line each, but for time, load, and what is each one's own
 /// by intent. One program: processes are dear in an emulated guest.
@@ -78,10 +78,10 @@ fn own_qemu(cache: &Path) -> BoxFuture<'_, Option<Qemu>> {
 
 /// Cloud Hypervisor, with templates of this test's own.
 fn own_cloud_hypervisor(cache: &Path) -> BoxFuture<'_, Option<CloudHypervisor>> {
-    Box::pin(cloud_hypervisor_in(Some(cache)))
+    Box::pin(cloud_hypervisor_in(Some(cache), DiskLimits::default()))
 }
 
-async fn configure(guest: &mut Guest, number: u8) {
+pub(crate) async fn configure(guest: &mut Guest, number: u8) {
     let configure = GuestConfigure {
         layers: 1,
         machine_id: vec![number; 16],

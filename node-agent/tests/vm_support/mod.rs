@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use towline_node_agent::hypervisor::qemu::{AccelChoice, Qemu, QemuConfig};
-use towline_node_agent::hypervisor::{Starter, VmIdentity};
+use towline_node_agent::hypervisor::{DiskLimits, Starter, VmIdentity};
 use towline_node_agent::{initramfs, kernel};
 
 pub(crate) const SECRET: [u8; 32] = [0x5e; 32];
@@ -83,8 +83,8 @@ pub(crate) fn config() -> Option<QemuConfig> {
         Err(error) => panic!("{error:?}"),
     };
     let initramfs = initramfs::ensure(&cache_dir, &kernel, &echo_guest()).unwrap();
-    let (accel, starter) = (AccelChoice::Auto, Starter::Own);
-    Some(QemuConfig { cache_dir, kernel, initramfs, accel, starter })
+    let (accel, starter, disk_limits) = (AccelChoice::Auto, Starter::Own, DiskLimits::default());
+    Some(QemuConfig { cache_dir, kernel, initramfs, accel, starter, disk_limits })
 }
 
 /// Builds the static echo guest, which is quick when it is there.

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::CloudHypervisor;
-use crate::hypervisor::{HypervisorError, LINK_SOCKET, VmSpec};
+use crate::hypervisor::{DiskLimits, HypervisorError, LINK_SOCKET, VmSpec};
 
 /// Changes when a machine saved by another version of this file would not fit any more.
 pub(super) const MACHINE: &str = "v1";
@@ -18,6 +18,7 @@ pub(super) const MACHINE: &str = "v1";
 const VSOCK_SLOT: u8 = 2;
 const RNG_SLOT: u8 = 3;
 const DISKS_SLOT: u8 = 4;
+const DISKS_GROUP: &str = "disks";
 /// Every guest's own number: each VMM has a vsock of its own, so they never meet.
 const CID: u64 = 3;
 
@@ -26,6 +27,8 @@ pub(super) struct VmConfig {
     cpus: Cpus,
     memory: Memory,
     payload: Payload,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_limit_groups: Option<[RateLimitGroup; 1]>,
     disks: Vec<Disk>,
     rng: Rng,
     serial: Console,
@@ -54,6 +57,38 @@ struct Payload {
     cmdline: &'static str,
 }
 
+/// What all disks share.
+#[derive(Debug, Serialize)]
+struct RateLimitGroup {
+    id: &'static str,
+    rate_limiter_config: RateLimiter,
+}
+
+#[derive(Debug, Serialize)]
+struct RateLimiter {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    bandwidth: Option<TokenBucket>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ops: Option<TokenBucket>,
+}
+
+#[derive(Debug, Serialize)]
+struct TokenBucket {
+    size: u64,
+    /// In milliseconds.
+    refill_time: u64,
+}
+
+impl RateLimitGroup {
+    fn of(limits: DiskLimits) -> Option<Self> {
+        let bucket = |size| TokenBucket { size, refill_time: 1000 };
+        let (bandwidth, ops) = (limits.bytes_s(), limits.iops.map(u64::from));
+        bandwidth.or(ops)?;
+        let (bandwidth, ops) = (bandwidth.map(bucket), ops.map(bucket));
+        Some(Self { id: DISKS_GROUP, rate_limiter_config: RateLimiter { bandwidth, ops } })
+    }
+}
+
 /// Also what `vm.add-disk` takes.
 #[derive(Debug, Serialize)]
 pub(super) struct Disk {
@@ -63,6 +98,8 @@ pub(super) struct Disk {
     path: String,
     readonly: bool,
     image_type: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_limit_group: Option<&'static str>,
 }
 
 impl Disk {
@@ -79,7 +116,9 @@ impl Disk {
     #[cfg(test)]
     pub(super) fn new(id: &str, path: &str) -> Self {
         let (id, path, image_type) = (id.to_owned(), path.to_owned(), "Raw");
-        Self { serial: id.clone(), id, pci_device_id: 0, path, readonly: false, image_type }
+        let (pci_device_id, readonly, rate_limit_group) = (0, false, None);
+        let serial = id.clone();
+        Self { serial, id, pci_device_id, path, readonly, image_type, rate_limit_group }
     }
 }
 
@@ -123,6 +162,7 @@ pub(super) fn of(vmm: &CloudHypervisor, spec: &VmSpec) -> Result<VmConfig, Hyper
             initramfs: text(&vmm.initramfs)?,
             cmdline,
         },
+        rate_limit_groups: RateLimitGroup::of(vmm.disk_limits).map(|group| [group]),
         disks: disks(vmm, spec)?,
         rng: Rng { src: "/dev/urandom", pci_device_id: RNG_SLOT },
         serial,
@@ -136,6 +176,7 @@ pub(super) fn disks(vmm: &CloudHypervisor, spec: &VmSpec) -> Result<Vec<Disk>, H
     let Some(upper) = &spec.upper else { return Ok(Vec::new()) };
     let modules = vmm.kernel.modules_disk.iter().map(|path| ("modules".to_owned(), path, true));
     let layers = spec.layers.iter().enumerate();
+    let rate_limit_group = RateLimitGroup::of(vmm.disk_limits).map(|group| group.id);
     let layers = layers.map(|(number, path)| (format!("layer{number}"), path, true));
     modules
         .chain([("upper".to_owned(), upper, false)])
@@ -150,6 +191,7 @@ pub(super) fn disks(vmm: &CloudHypervisor, spec: &VmSpec) -> Result<Vec<Disk>, H
                 readonly,
                 // Never guessed from what a guest wrote.
                 image_type: "Raw",
+                rate_limit_group,
             })
         })
         .collect()
@@ -160,4 +202,24 @@ fn text(path: &Path) -> Result<String, HypervisorError> {
         HypervisorError::Spec(format!("the path `{}` is not UTF-8", path.display()))
     })?;
     Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn disks_share_the_limits_that_there_are() {
+        let of = |mib_s, iops| {
+            serde_json::to_value(RateLimitGroup::of(DiskLimits { mib_s, iops })).unwrap()
+        };
+        assert_eq!(of(None, None), json!(null));
+        let ops = json!({"size": 7, "refill_time": 1000});
+        let group = |limits| json!({"id": "disks", "rate_limiter_config": limits});
+        assert_eq!(of(None, Some(7)), group(json!({"ops": ops})));
+        let bandwidth = json!({"size": 2 << 20, "refill_time": 1000});
+        assert_eq!(of(Some(2), Some(7)), group(json!({"bandwidth": bandwidth, "ops": ops})));
+    }
 }

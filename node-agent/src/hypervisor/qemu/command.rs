@@ -9,7 +9,7 @@ use towline_proto::mux::PORT_NAME;
 
 use super::{Qemu, Start};
 use crate::hypervisor::vm::ORDERS_SOCKET;
-use crate::hypervisor::{Accel, HypervisorError, LAYER_DISKS_MAX, LINK_SOCKET, VmSpec};
+use crate::hypervisor::{Accel, DiskLimits, HypervisorError, LAYER_DISKS_MAX, LINK_SOCKET, VmSpec};
 
 /// All instructions that programs may want, but not what costs an emulated kernel dearly: with `erms`
 /// it copies byte by byte (measured: five times slower system calls that move data), with `smap` it
@@ -62,11 +62,14 @@ pub(super) fn arguments(
     args.pair("-device", format!("virtserialport,chardev=link,name={PORT_NAME}"));
     args.add(&["-object", "rng-builtin,id=rng", "-device", "virtio-rng-device,rng=rng"]);
     // A guest takes its disks in this order, until it has what it needs.
-    args.disk("upper", spec.upper.as_deref(), "discard=unmap,cache=writeback")?;
-    args.disk("modules", qemu.kernel.modules_disk.as_deref(), "readonly=on")?;
+    let throttled = throttled(qemu.disk_limits);
+    let upper_options = format!("discard=unmap,cache=writeback{throttled}");
+    args.disk("upper", spec.upper.as_deref(), &upper_options)?;
+    let read_only = format!("readonly=on{throttled}");
+    args.disk("modules", qemu.kernel.modules_disk.as_deref(), &read_only)?;
     for number in 0..LAYER_DISKS_MAX {
         let layer = spec.layers.get(number).map(PathBuf::as_path);
-        args.disk(&format!("layer{number}"), layer, "readonly=on")?;
+        args.disk(&format!("layer{number}"), layer, &read_only)?;
     }
     match start {
         Start::Boot | Start::Probe => {}
@@ -78,6 +81,17 @@ pub(super) fn arguments(
         args.add(&["-chardev", "file,id=console,path=console.log", "-serial", "chardev:console"]);
     }
     Ok(args.0)
+}
+
+/// The options of a disk that shares these limits with the other disks.
+fn throttled(limits: DiskLimits) -> String {
+    let options = [("bps", limits.bytes_s()), ("iops", limits.iops.map(u64::from))];
+    let options: String = options
+        .into_iter()
+        .filter_map(|(what, limit)| Some(format!(",throttling.{what}-total={}", limit?)))
+        .collect();
+    let group = if options.is_empty() { "" } else { ",throttling.group=disks" };
+    options + group
 }
 
 /// Nothing secret, and nothing that is not the same for every guest of this machine.
@@ -136,5 +150,19 @@ impl Args {
         self.pair("-drive", format!("id={serial},{file},format=raw,if=none,{options}"));
         self.pair("-device", format!("virtio-blk-device,drive={serial},serial={serial}"));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_share_the_limits_that_there_are() {
+        let of = |mib_s, iops| throttled(DiskLimits { mib_s, iops });
+        assert_eq!(of(None, None), "");
+        assert_eq!(of(Some(2), None), ",throttling.bps-total=2097152,throttling.group=disks");
+        let both = ",throttling.bps-total=2097152,throttling.iops-total=7,throttling.group=disks";
+        assert_eq!(of(Some(2), Some(7)), both);
     }
 }
