@@ -22,6 +22,9 @@ install -m 755 cloud-hypervisor /usr/local/bin/cloud-hypervisor
 mkdir -p "$place/xdg" "$place/tmp" "$place/home"
 mv cache "$place/xdg/towline"
 chown -R $user:$user "$place"
+# A local image asks who its user is.
+echo "nested:x:$user:$user::$place/home:/bin/sh" >> /etc/passwd
+echo "nested:x:$user:" >> /etc/group
 chmod -R go+rX /opt/nested
 grep -q ' /sys/fs/cgroup' /proc/mounts || mount -t cgroup2 cgroup2 /sys/fs/cgroup
 

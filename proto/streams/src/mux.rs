@@ -55,9 +55,10 @@ pub struct GuestSessions {
 
 impl MuxDriver {
     /// Starts a session as the node. `markers` are all that the guest may have or be given while it
-    /// lasts, the newest secret first (`[secret, Marker::BOOT]`): a guest holds back what looks like the
-    /// start of its own, so that a batch's end that nobody padded waits for the next; `nonce` is random and new. The future is the driver: it must be
-    /// polled for anything to move, and ends with an error when the pipe does.
+    /// lasts, the newest secret first (`[secret, Marker::BOOT]`): a guest holds back what looks like
+    /// the start of its own, so a batch's end that was not padded for it waits for the next batch.
+    /// `nonce` is random and new. The future is the driver: it must be polled for anything to move,
+    /// and ends with an error when the pipe does.
     pub fn host<S>(
         io: S,
         markers: &[Marker],

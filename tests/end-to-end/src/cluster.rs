@@ -16,6 +16,9 @@ pub const BOOT: Duration = Duration::from_secs(180);
 /// Bound of anything else.
 pub const SHORT: Duration = Duration::from_secs(60);
 
+/// Names the socket of a node's helper.
+const HELPER: &str = "TOWLINE_HELPER";
+
 /// A cluster, ended with all it started when dropped.
 #[derive(Debug)]
 pub struct Cluster {
@@ -163,6 +166,8 @@ impl Cluster {
         ] {
             command.env(variable, self.root().join(name));
         }
+        // Whoever may not start VMMs has them started.
+        command.envs(std::env::var_os(HELPER).map(|helper| (HELPER, helper)));
         command.envs(self.variables.iter().copied());
         command
     }
