@@ -474,6 +474,23 @@ impl Setup {
         let all = ListPorts { sandbox_id: Vec::new() };
         self.daemon.client.list_ports(all).await.unwrap()
     }
+
+    /// Its ports, once `wanted` holds of them.
+    async fn ports_once(&self, wanted: impl Fn(&[PublishedPort]) -> bool) -> Vec<PublishedPort> {
+        let mut seen = Vec::new();
+        let asking = async {
+            loop {
+                seen = self.ports().await;
+                if wanted(&seen) {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(60), asking).await;
+        assert!(waited.is_ok(), "the ports as wanted, not {seen:?}");
+        seen
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -494,6 +511,10 @@ async fn a_kept_port_serves_many_and_comes_back_where_it_was_after_a_kill() {
     while let Some(asked) = asking.join_next().await {
         asked.unwrap();
     }
+    // The count is what is open now: each of the hundred leaves it, if not before its last byte is
+    // read here.
+    let idle = setup.ports_once(|ports| ports.iter().all(|port| port.connections == 0)).await;
+    assert_eq!(idle, ports);
     // Again is harmless.
     let (again, _) = setup.daemon.client.publish(publish(inside, false)).await.unwrap();
     assert_eq!(again, ports);
@@ -522,20 +543,13 @@ async fn a_leased_port_ends_with_its_client_and_a_removed_sandboxs_by_itself() {
     assert!(ports[0].leased);
     assert_eq!(ask(port, b"leased").await.unwrap(), b"leased");
     drop(lease);
-    while !setup.ports().await.is_empty() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    setup.ports_once(<[_]>::is_empty).await;
     assert!(ask(port, b"gone?").await.is_err());
 
     let (ports, _) = setup.daemon.client.publish(publish(inside, false)).await.unwrap();
     assert_eq!(ask(ports[0].host_port, b"kept").await.unwrap(), b"kept");
     setup.cluster.world.sandboxes.lock().unwrap().clear();
-    let gone = async {
-        while !setup.ports().await.is_empty() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    };
-    tokio::time::timeout(Duration::from_secs(60), gone).await.expect("the daemon notices");
+    setup.ports_once(<[_]>::is_empty).await;
     assert!(ask(ports[0].host_port, b"gone?").await.is_err());
     setup.end().await;
 }
