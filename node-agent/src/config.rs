@@ -21,6 +21,8 @@ pub const GUEST_AGENT_VARIABLE: &str = "TOWLINE_GUEST_AGENT";
 pub const HELPER_VARIABLE: &str = "TOWLINE_HELPER";
 /// Leases that can be kept: a restart of the node agent must fit in.
 const LEASE_S: std::ops::RangeInclusive<u64> = 10..=3600;
+/// Most guests of one image and shape that wait.
+const READY_GUESTS_MAX: usize = 64;
 /// Least limits of a VM's disks.
 const DISK_MIB_S_MIN: u32 = 4;
 const DISK_IOPS_MIN: u32 = 100;
@@ -50,6 +52,7 @@ const KEYS: &[&str] = &[
     "disk_iops",
     "guest_console",
     "warm",
+    "ready_guests",
     "private_registries",
     "egress",
     "isolation_process",
@@ -142,6 +145,8 @@ pub struct Config {
     pub guest_console: bool,
     /// Keeps guests that have booted as templates, and starts from them (the default).
     pub warm: bool,
+    /// Guests that wait, restored and with disks, for each of the last images and shapes.
+    pub ready_guests: usize,
     /// Registries on private addresses that images may be pulled from, as `host` or `host:port`.
     /// An embedded node pulls from any.
     pub private_registries: Vec<String>,
@@ -196,6 +201,8 @@ struct File {
     #[serde(default)]
     guest_console: bool,
     warm: Option<bool>,
+    #[serde(default)]
+    ready_guests: usize,
     #[serde(default)]
     private_registries: Vec<String>,
     #[serde(default)]
@@ -280,6 +287,7 @@ impl Config {
             },
             guest_console: file.guest_console,
             warm: file.warm.unwrap_or(true),
+            ready_guests: ready_guests(file.ready_guests, file.warm).map_err(value)?,
             private_registries: file.private_registries,
             egress: OperatorRules::parse(file.egress.allow).map_err(value)?,
             isolation_process: file.isolation_process,
@@ -293,6 +301,17 @@ fn at_least(key: &str, given: Option<u32>, min: u32) -> Result<Option<u32>, Stri
             Err(format!("`{key}` is {given}; with less than {min} a guest may not boot in time"))
         }
         given => Ok(given),
+    }
+}
+
+fn ready_guests(given: usize, warm: Option<bool>) -> Result<usize, String> {
+    match given {
+        0 => Ok(0),
+        _ if warm == Some(false) => {
+            Err("`ready_guests` needs templates; leave `warm = false` away".into())
+        }
+        1..=READY_GUESTS_MAX => Ok(given),
+        _ => Err(format!("`ready_guests` is {given}; at most {READY_GUESTS_MAX} is expected")),
     }
 }
 

@@ -137,6 +137,8 @@ impl Driver {
         if let Err(broken) = checked.and_then(|()| towline_node_core::check(&self.core)) {
             tracing::error!(broken, "an invariant of the node agent does not hold");
         }
+        let (offered, promised) = (self.core.capacity(), self.core.promised());
+        self.machine.ready.free(offered.memory_mib.saturating_sub(promised.memory_mib));
         for effect in effects {
             tracing::trace!(?effect);
             self.effect(effect).await;

@@ -216,7 +216,7 @@ pub fn attend(guests: &Arc<Guests>, attendance: Attendance, link: GuestLink, ope
 /// An exit in words for people.
 pub fn exit_reason(exit: &VmExit) -> String {
     if exit.status == "exit status: 0" {
-        return "the guest powered itself off".into();
+        return "the guest powered itself off, or its kernel crashed".into();
     }
     exit.to_string()
 }

@@ -34,6 +34,7 @@ mod local_image;
 pub mod machine;
 pub mod membership;
 pub mod memory;
+pub mod ready;
 pub mod seal;
 pub mod store;
 mod streams;
@@ -45,9 +46,11 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::Context;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 use towline_images::registry::Private;
 use towline_link::endpoint::LinkServer;
 use towline_node_core::NodeAgent;
@@ -71,6 +74,7 @@ use hypervisor::{Hypervisor, HypervisorError, Hypervisors, Starter, Vm, Vmm};
 use images::Images;
 use machine::Machine;
 use membership::Membership;
+use ready::ReadyGuests;
 use store::Store;
 use tunnel::Tunnel;
 use uplink::Uplink;
@@ -201,6 +205,9 @@ async fn vm_driver(
     Ok(Arc::new(Qemu::new(qemu).await?))
 }
 
+/// For the end of guests that wait; a stop takes longer only where one cannot be killed.
+const READY_END_MAX: Duration = Duration::from_secs(5);
+
 /// What egress knows of the world outside of the node.
 #[derive(Debug)]
 pub struct Outside {
@@ -237,6 +244,7 @@ pub async fn run(
         Arc::clone(&feeds),
     );
     let (wishes, wanted) = templates::wishes();
+    let ready = Arc::new(ReadyGuests::new(config.ready_guests, &store, &config.cache_dir));
     let machine = Arc::new(Machine {
         store: Arc::clone(&store),
         images,
@@ -251,6 +259,7 @@ pub async fn run(
         console: config.guest_console,
         warm: config.warm,
         templates: wishes,
+        ready: Arc::clone(&ready),
         vms: Mutex::default(),
     });
     let (reports, outgoing) = uplink::channel();
@@ -267,8 +276,12 @@ pub async fn run(
 
     let (data, cache) = (config.data_dir.clone(), config.cache_dir.clone());
     for driver in hypervisors.iter() {
-        cleaning::end_strays(driver.as_ref(), &data.join("sandboxes")).await;
+        for folder in [data.join("sandboxes"), store.ready()] {
+            cleaning::end_strays(driver.as_ref(), &folder).await;
+        }
     }
+    let ended = ready::end_leftovers(&hypervisors, &store).await;
+    ended.context("ending the ready guests of an earlier node agent")?;
     tokio::task::spawn_blocking(move || cleaning::remove_temporary(&data, &cache)).await?;
 
     // What runs is taken up at once; the control plane and laptops follow when they can.
@@ -302,6 +315,12 @@ pub async fn run(
         }
         anyhow::Ok(())
     };
+    let vms = hypervisors.get(Isolation::Vm).filter(|_| config.warm);
+    let (stop_ready, stopped) = oneshot::channel::<Infallible>();
+    let kept_ready = vms.map(|vms| {
+        let stop = async { drop(stopped.await) };
+        tokio::spawn(Arc::clone(&ready).keep(Arc::clone(vms), stop))
+    });
     let templates = async {
         if config.warm
             && let Some(vms) = hypervisors.get(Isolation::Vm)
@@ -310,11 +329,19 @@ pub async fn run(
         }
         std::future::pending::<Infallible>().await
     };
-    tokio::select! {
+    let result = tokio::select! {
         result = driver.run(waiting, stop) => result,
         result = outside => result.context("taking part in the cluster"),
         never = templates => match never {},
+    };
+    // What no sandbox has taken is nobody's when this ends.
+    drop(stop_ready);
+    if let Some(kept) = kept_ready
+        && timeout(READY_END_MAX, kept).await.is_err()
+    {
+        tracing::warn!("ready guests are left to the next node agent, which ends them");
     }
+    result
 }
 
 /// Listens where laptops may know this node from before.

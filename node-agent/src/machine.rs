@@ -15,7 +15,7 @@ use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use towline_node_core::{Assignment, Failure, FoundVm, Input, Record, Run};
+use towline_node_core::{Assignment, Failure, FoundVm, Input, ReadyKind, Record, Run};
 use towline_proto::frame::FrameKind;
 use towline_proto::ids::SandboxId;
 use towline_proto::v1::{
@@ -36,6 +36,7 @@ use crate::guest_link::GuestLink;
 use crate::guests::{Attendance, Guests, Served, attend, exit_reason};
 use crate::hypervisor::{Hypervisor, Hypervisors, Vm, VmSpec};
 use crate::images::{Image, Images, lasting};
+use crate::ready::{ReadyGuest, ReadyGuests};
 use crate::store::{State, Store};
 use crate::streams;
 use crate::templates::Wishes;
@@ -87,6 +88,8 @@ pub struct Machine {
     pub warm: bool,
     /// Has the missing ones made.
     pub templates: Wishes,
+    /// Guests that wait for a sandbox.
+    pub ready: Arc<ReadyGuests>,
     /// VMs that were started here, from the moment that they live: they are reaped with their last
     /// handle.
     pub vms: Mutex<BTreeMap<SandboxId, Arc<Vm>>>,
@@ -97,6 +100,8 @@ pub struct Machine {
 enum StartedBy {
     Boot,
     Template,
+    /// It waited already.
+    Ready,
     /// As a copy of another one.
     Fork,
     /// An earlier node agent started it, and nobody knows how.
@@ -109,6 +114,7 @@ impl StartedBy {
         match self {
             Self::Boot => "cold",
             Self::Template => "warm",
+            Self::Ready => "ready",
             Self::Fork => "fork",
             Self::Earlier => "",
         }
@@ -262,20 +268,40 @@ impl Machine {
         assignment: &Assignment,
     ) -> Result<StartedBy, Failure> {
         let secret = random::<32>().map_err(|error| transient(&error))?;
+        // Of one that was started before, its disk may hold something.
+        let first = !assignment.ran && self.store.sandbox(assignment.sandbox).state().is_none();
         let (image, spec) = self.spec(assignment, Some(secret)).await?;
         let driver = self.driver(assignment)?;
+        let room = self.ready.room().await;
+        room.map_err(|reason| Failure { reason, transient: true })?;
         if let Some(fork) = assignment.copies() {
             let moment = self.forks.open(fork.id, driver.as_ref())?;
             let vm = driver.start_copy(&spec, &moment.saved()).await;
-            let vm = self.started_vm(assignment.sandbox, vm.map_err(|error| transient(&error))?);
+            let vm = Arc::new(vm.map_err(|error| transient(&error))?);
+            let vm = self.started_vm(assignment.sandbox, vm);
             let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
             self.take_up_copy(attendance, assignment, fork.id, &moment).await?;
             return Ok(StartedBy::Fork);
         }
+        if driver.capabilities().snapshot && self.warm {
+            let kind = ready_kind(assignment, &spec);
+            let ready = if first { self.ready.claim(&kind) } else { None };
+            self.ready.started(kind);
+            if let Some(ready) = ready {
+                match self.take_ready(run, assignment, &image, ready).await {
+                    Ok(()) => return Ok(StartedBy::Ready),
+                    Err(Failure { reason, .. }) => {
+                        let sandbox = assignment.sandbox;
+                        tracing::warn!(%sandbox, reason, "ready guest fails, another is started");
+                        self.keep_state(assignment, secret).await?;
+                    }
+                }
+            }
+        }
         let take_up = async |vm, bound| {
-            let vm = self.started_vm(assignment.sandbox, vm);
+            let vm = self.started_vm(assignment.sandbox, Arc::new(vm));
             let attendance = self.attendance(run, assignment, &vm, secret, Some(&image));
-            self.take_up(attendance, assignment, Some(&image), bound).await
+            self.take_up(attendance, assignment, Some(&image), bound, None).await
         };
         let mut not_warm = false;
         if let Some(vm) = self.restore(driver.as_ref(), &spec).await {
@@ -311,8 +337,29 @@ impl Machine {
         })
     }
 
-    fn started_vm(&self, sandbox: SandboxId, vm: Vm) -> Arc<Vm> {
-        let vm = Arc::new(vm);
+    /// Gives a sandbox that has not run yet a guest that was ready. On failure nothing of it lives.
+    async fn take_ready(
+        self: &Arc<Self>,
+        run: Run,
+        assignment: &Assignment,
+        image: &Image,
+        ready: ReadyGuest,
+    ) -> Result<(), Failure> {
+        let (dir, secret) = (self.store.sandbox(assignment.sandbox), ready.secret);
+        // The secret first: a node agent that comes back needs it for whatever it finds.
+        self.keep_state(assignment, secret).await?;
+        let taken = dir.take(&ready.folder);
+        let (vm, link) = ready.take();
+        if let Err(error) = taken {
+            end(&vm).await;
+            return Err(transient(&error));
+        }
+        let vm = self.started_vm(assignment.sandbox, vm);
+        let attendance = self.attendance(run, assignment, &vm, secret, Some(image));
+        self.take_up(attendance, assignment, Some(image), CONFIGURE_MAX, Some(link)).await
+    }
+
+    fn started_vm(&self, sandbox: SandboxId, vm: Arc<Vm>) -> Arc<Vm> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).insert(sandbox, Arc::clone(&vm));
         vm
     }
@@ -353,7 +400,7 @@ impl Machine {
             }
         };
         let attendance = self.attendance(run, assignment, &vm, secret, image.as_ref());
-        self.take_up(attendance, assignment, image.as_ref(), ADOPT_MAX).await?;
+        self.take_up(attendance, assignment, image.as_ref(), ADOPT_MAX, None).await?;
         Ok(StartedBy::Earlier)
     }
 
@@ -398,12 +445,7 @@ impl Machine {
             let dir = machine.store.sandbox(assignment.sandbox);
             let image = machine.images.prepare(&assignment, &dir, &mut |_| {})?;
             if let Some(secret) = starting {
-                let state = State {
-                    resync_marker: secret.to_vec(),
-                    boot_id: boot_id(),
-                    epoch: assignment.epoch,
-                    generation: assignment.generation,
-                };
+                let state = state(&assignment, secret);
                 dir.set_state(&state).map_err(|error| transient(&error))?;
             }
             let shape = assignment.spec.shape.unwrap_or_default();
@@ -421,20 +463,32 @@ impl Machine {
         work.await.unwrap_or_else(|error| Err(lasting(format!("starting it broke: {error}"))))
     }
 
-    /// Waits for the guest, configures it if it was not, and has it attended to. On failure
-    /// nothing of the VM lives.
+    /// Keeps the state that an adoption needs.
+    async fn keep_state(&self, assignment: &Assignment, secret: [u8; 32]) -> Result<(), Failure> {
+        let (dir, state) = (self.store.sandbox(assignment.sandbox), state(assignment, secret));
+        let kept = tokio::task::spawn_blocking(move || dir.set_state(&state)).await;
+        let kept = kept.map_err(|error| lasting(format!("keeping its state broke: {error}")))?;
+        kept.map_err(|error| transient(&error))
+    }
+
+    /// Waits for the guest, unless it has been greeted, configures it if it was not, and has it attended
+    /// to. On failure nothing of the VM lives.
     async fn take_up(
         &self,
         attendance: Attendance,
         assignment: &Assignment,
         image: Option<&Image>,
         bound: Duration,
+        greeted: Option<GuestLink>,
     ) -> Result<(), Failure> {
         let vm = Arc::clone(&attendance.vm);
         let talk = async {
-            let mut link = GuestLink::connect(&vm, attendance.secret, bound)
-                .await
-                .map_err(|error| transient(&error))?;
+            let mut link = match greeted {
+                Some(link) => link,
+                None => GuestLink::connect(&vm, attendance.secret, bound)
+                    .await
+                    .map_err(|error| transient(&error))?,
+            };
             let hello = &link.hello;
             tracing::debug!(
                 sandbox = %attendance.sandbox, kernel = hello.kernel_release,
@@ -582,6 +636,26 @@ impl Machine {
     async fn tell(&self, input: Input) {
         // Nobody listens only when the node agent stops.
         let _ = self.inputs.send(input).await;
+    }
+}
+
+/// What is kept of a start.
+fn state(assignment: &Assignment, secret: [u8; 32]) -> State {
+    State {
+        resync_marker: secret.to_vec(),
+        boot_id: boot_id(),
+        epoch: assignment.epoch,
+        generation: assignment.generation,
+    }
+}
+
+/// What a guest must be ready for to become this sandbox's.
+fn ready_kind(assignment: &Assignment, spec: &VmSpec) -> ReadyKind {
+    ReadyKind {
+        layers: spec.layers.clone(),
+        cpus: spec.cpus,
+        memory_mib: spec.memory_mib,
+        disk_mib: assignment.spec.shape.unwrap_or_default().disk_mib,
     }
 }
 

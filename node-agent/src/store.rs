@@ -2,12 +2,14 @@
 //!
 //! A file is written beside its name, synced and renamed, so what is found is whole. Each sandbox's
 //! folder holds `spec` (its record), `state` (of its newest start), `vm/` (the VMM's own folder),
-//! `upper.img`, `feed` (see `feed.rs`) and, with a local image, `local.manifest`. Every name derives from the id, so
-//! removing twice is harmless. All of it blocks.
+//! `upper.img`, `feed` (see `feed.rs`) and, with a local image, `local.manifest`. Every name derives from
+//! the id, so removing twice is harmless; where a ready guest was taken over (`ready.rs`), `vm` is a
+//! link to its folder, `ready/<name>/vm`. All of it blocks.
 
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use prost::Message;
@@ -18,6 +20,9 @@ use towline_proto::v1::{DesiredSandbox, ExitStatus, NodeRegistered};
 
 /// A sandbox's writable disk.
 pub const UPPER: &str = "upper.img";
+/// The folder of a VM.
+pub const VM: &str = "vm";
+const READY: &str = "ready";
 const SPEC: &str = "spec";
 const STATE: &str = "state";
 const REGISTERED: &str = "node";
@@ -94,8 +99,8 @@ fn failed<'a>(
 impl Store {
     /// Takes the directory, making it if needed.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        let sandboxes = root.join("sandboxes");
-        private_dir(&sandboxes)?;
+        private_dir(&root.join("sandboxes"))?;
+        private_dir(&root.join(READY))?;
         let path = root.join("lock");
         let lock = OpenOptions::new()
             .create(true)
@@ -121,6 +126,17 @@ impl Store {
         let path = self.root.join("sandboxes");
         let entries = fs::read_dir(&path).map_err(failed("read", &path))?;
         Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
+    }
+
+    /// Where ready guests wait.
+    pub fn ready(&self) -> PathBuf {
+        self.root.join(READY)
+    }
+
+    /// The folders of those that sandboxes have taken, without links.
+    pub fn taken(&self) -> Result<BTreeSet<PathBuf>, StoreError> {
+        let sandboxes = self.sandboxes()?;
+        Ok(sandboxes.into_iter().filter_map(|id| self.sandbox(id).taken()).collect())
     }
 
     /// What the control plane said when it last registered this node: tickets can be checked with
@@ -155,7 +171,27 @@ pub struct SandboxDir {
 impl SandboxDir {
     /// The VMM's own folder.
     pub fn vm(&self) -> PathBuf {
-        self.root.join("vm")
+        self.root.join(VM)
+    }
+
+    /// Takes over a ready guest's disk and VM, in the place of a disk that nothing was written to and
+    /// of a folder that no VM has used. The disk keeps its old name as well: QEMU opens it anew by that
+    /// when it is saved.
+    pub fn take(&self, folder: &Path) -> Result<(), StoreError> {
+        let (vm, disk) = (self.vm(), folder.join(UPPER));
+        let name = folder.file_name().unwrap_or_default();
+        // As seen from the sandbox's folder: the data directory may be moved.
+        let target = Path::new("../..").join(READY).join(name).join(VM);
+        fs::remove_dir(&vm).map_err(failed("replace", &vm))?;
+        fs::remove_file(self.upper()).map_err(failed("replace", &self.upper()))?;
+        fs::hard_link(&disk, self.upper()).map_err(failed("take", &disk))?;
+        symlink(target, &vm).map_err(failed("make", &vm))
+    }
+
+    /// The folder of the ready guest that was taken.
+    fn taken(&self) -> Option<PathBuf> {
+        let target = fs::read_link(self.vm()).ok()?;
+        fs::canonicalize(self.root.join(target.parent()?)).ok()
     }
 
     /// The writable disk.
@@ -233,7 +269,8 @@ impl SandboxDir {
     /// Removes everything; that there is nothing is fine. The record goes first, so that a removal
     /// that is cut off is not mistaken for a sandbox. Returns the bytes that are free now.
     pub fn remove(&self) -> Result<u64, StoreError> {
-        let freed = disk_use(&self.root);
+        let taken = self.taken();
+        let mut freed = disk_use(&self.root);
         for path in [self.root.join(SPEC), self.upper()] {
             match fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => {
@@ -242,12 +279,17 @@ impl SandboxDir {
                 _ => {}
             }
         }
-        match fs::remove_dir_all(&self.root) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(failed("remove", &self.root)(error))
+        // The disk that was taken over has one name left. The link to its folder goes last.
+        freed += taken.as_deref().map_or(0, disk_use);
+        for path in taken.iter().chain([&self.root]) {
+            match fs::remove_dir_all(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(failed("remove", path)(error));
+                }
+                _ => {}
             }
-            _ => Ok(freed),
         }
+        Ok(freed)
     }
 }
 
@@ -320,6 +362,33 @@ mod tests {
         assert!(folder.remove().unwrap() > 0);
         assert_eq!(folder.remove().unwrap(), 0);
         assert_eq!(store.sandboxes().unwrap(), []);
+    }
+
+    #[test]
+    fn a_ready_guest_that_is_taken_goes_with_its_sandbox() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&fs::canonicalize(dir.path()).unwrap()).unwrap();
+        let (folder, other) = (store.ready().join("a"), store.ready().join("b"));
+        for folder in [&folder, &other] {
+            fs::create_dir_all(folder.join(VM)).unwrap();
+            fs::write(folder.join(UPPER), "its disk").unwrap();
+        }
+        let sandbox = store.sandbox(id());
+        sandbox.create().unwrap();
+        fs::write(sandbox.upper(), "an empty one").unwrap();
+        sandbox.take(&folder).unwrap();
+        assert_eq!(fs::read(sandbox.upper()).unwrap(), b"its disk");
+        assert_eq!(fs::canonicalize(sandbox.vm()).unwrap(), folder.join(VM));
+        assert_eq!(store.taken().unwrap(), BTreeSet::from([folder.clone()]));
+        // A later start has the folder as it is.
+        sandbox.create().unwrap();
+        fs::write(sandbox.vm().join("vm.json"), "{}").unwrap();
+        // One that a VM has used is not replaced.
+        assert!(sandbox.take(&other).is_err());
+        let disk = fs::metadata(sandbox.upper()).unwrap().blocks() * 512;
+        assert!(sandbox.remove().unwrap() >= disk && disk > 0);
+        assert!(!folder.exists() && other.exists());
+        assert_eq!(store.taken().unwrap(), BTreeSet::new());
     }
 
     #[test]

@@ -75,6 +75,9 @@ export TOWLINE_BIN_DIR=/opt/nested
 as_user ./isolation --exact --nocapture a_vm_is_what_a_sandbox_is | tee isolation.log
 grep -q '^driver: cloud-hypervisor' isolation.log
 grep -q '^test result: ok' isolation.log
+# A guest that waited becomes a sandbox.
+as_user ./ready --exact --nocapture vm_that_waited_becomes_a_sandbox_like_any_other | tee ready.log
+grep -q '^test result: ok' ready.log
 
 # Two sandboxes: as the user of the VMM of one, nothing of the other's opens, in its own root or not.
 export XDG_RUNTIME_DIR="$place/tmp/run" XDG_DATA_HOME="$place/tmp/data" TOWLINE_ACCEL=auto

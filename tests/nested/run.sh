@@ -29,7 +29,8 @@ case "$what" in
   test)
     conformance=$(built conformance)
     isolation=$(built isolation)
-    set -- "$conformance" "$isolation"
+    ready=$(built ready)
+    set -- "$conformance" "$isolation" "$ready"
     ;;
   bench)
     cargo build --quiet --release -p towline-benches

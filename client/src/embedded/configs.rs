@@ -47,8 +47,8 @@ struct NodeConfig {
     egress: toml::Table,
 }
 
-/// What of this machine sandboxes may have together, and the disks of each; left out: the node
-/// agent's own choice.
+/// What of this machine sandboxes may have together, and the disks of each, and how many guests wait;
+/// left out: the node agent's own choice.
 #[derive(Debug, Default, Clone, Copy, Serialize)]
 struct Offers {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -61,6 +61,8 @@ struct Offers {
     disk_mib_s: Option<u32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     disk_iops: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ready_guests: Option<u32>,
 }
 
 /// The part of a node's configuration that its user writes where there is no other operator.
@@ -72,6 +74,7 @@ struct UserNodeConfig {
     disk_mib: Option<u64>,
     disk_mib_s: Option<u32>,
     disk_iops: Option<u32>,
+    ready_guests: Option<u32>,
     /// As the node agent reads it, which also checks it.
     #[serde(default)]
     egress: toml::Table,
@@ -111,6 +114,7 @@ pub(super) fn write(layout: &Layout) -> anyhow::Result<SocketAddr> {
             disk_mib: user.disk_mib,
             disk_mib_s: user.disk_mib_s,
             disk_iops: user.disk_iops,
+            ready_guests: user.ready_guests,
         },
         egress: user.egress,
     };

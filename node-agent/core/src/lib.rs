@@ -6,13 +6,14 @@
 //!   time ────────────────────┘                       └─▶ Effect ──▶ reports
 //! ```
 //! It does no IO, reads no clock and draws no random number. Reading order: `input`, `lifecycle`
-//! (one sandbox), `agent` (all of them), `reports`, `capacity`, `invariants`.
+//! (one sandbox), `agent` (all of them), `reports`, `capacity`, `invariants`; `ready` stands alone.
 
 mod agent;
 mod capacity;
 mod input;
 mod invariants;
 mod lifecycle;
+mod ready;
 mod reports;
 
 pub use agent::NodeAgent;
@@ -23,3 +24,4 @@ pub use input::{
 };
 pub use invariants::{Watcher, check};
 pub use lifecycle::bounds;
+pub use ready::{Ready, ReadyEffect, ReadyId, ReadyKind};

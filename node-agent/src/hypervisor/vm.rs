@@ -434,6 +434,12 @@ impl Vm {
         runs.then_some(if is_qemu { Vmm::Qemu } else { Vmm::CloudHypervisor })
     }
 
+    /// The VM that is noted in this directory, whatever its program.
+    pub(crate) fn noted(dir: &Path) -> Option<Self> {
+        let vmm = Self::vmm_in(dir)?;
+        Self::find(dir, &read_identity(dir)?.executable, vmm)
+    }
+
     /// The VM that runs in this directory with this program: the one noted there, or, when a node
     /// agent died before it could note it, the one that is found.
     pub fn find(dir: &Path, program: &Path, vmm: Vmm) -> Option<Self> {
@@ -583,9 +589,12 @@ mod tests {
         let child = Command::new("sleep").arg("1000").current_dir(dir.path()).spawn().unwrap();
         let vm = Vm::started(child, dir.path(), Vmm::CloudHypervisor).unwrap();
         let while_it_ran = Vm::vmm_in(dir.path());
+        let noted = Vm::noted(dir.path()).map(|noted| noted.identity().clone());
+        assert_eq!(noted.as_ref(), Some(vm.identity()));
         vm.kill().unwrap();
         vm.wait_exit().await;
         assert_eq!(while_it_ran, Some(Vmm::CloudHypervisor));
         assert_eq!(Vm::vmm_in(dir.path()), None);
+        assert!(Vm::noted(dir.path()).is_none());
     }
 }

@@ -29,6 +29,8 @@ use towline_streams::{FrameReader, FrameWriter, MuxRecv, MuxSend, Priority};
 pub(crate) const SECRET: [u8; 32] = [0x5e; 32];
 /// A boot, or anything else, on a machine where everything else runs too.
 pub(crate) const BOOT_MAX: Duration = Duration::from_secs(90);
+/// For what a command says next: one that moves 50 MB in a guest of an emulated machine takes long.
+const FRAME_MAX: Duration = Duration::from_secs(300);
 pub(crate) const PROCESSES_MAX: u32 = 60;
 const MEMORY_MIB: u64 = 320;
 
@@ -261,7 +263,7 @@ pub(crate) fn start(argv: &[&str]) -> ExecStart {
 }
 
 pub(crate) async fn frame(reader: &mut FrameReader<MuxRecv>) -> Frame {
-    let next = tokio::time::timeout(BOOT_MAX, reader.next()).await.expect("a frame in time");
+    let next = tokio::time::timeout(FRAME_MAX, reader.next()).await.expect("a frame in time");
     next.unwrap().expect("a frame before the end")
 }
 

@@ -111,7 +111,11 @@ impl Doubles {
     }
 
     pub(crate) fn configured(&self, vm: usize) -> GuestConfigure {
-        self.guests.lock().unwrap()[vm].lock().unwrap().configured.clone().unwrap()
+        self.try_configured(vm).unwrap()
+    }
+
+    pub(crate) fn try_configured(&self, vm: usize) -> Option<GuestConfigure> {
+        self.guests.lock().unwrap()[vm].lock().unwrap().configured.clone()
     }
 
     /// kill -9 of a VM; returns when it has ended.

@@ -160,7 +160,7 @@ pub struct Observed {
     /// How the newest main command (that of `tow run -d`) ended.
     #[prost(message, optional, tag = "9")]
     pub main_exit: ::core::option::Option<ExitStatus>,
-    /// `warm`: from a template; `cold`: booted. Empty when the node does not know.
+    /// `ready`: it waited already; `warm`: from a template; `cold`: booted. Empty when the node does not know.
     #[prost(string, tag = "10")]
     pub start: ::prost::alloc::string::String,
     /// With `gone`: what the removal freed on the node's disk.
