@@ -125,8 +125,10 @@ impl Starter {
         program: &Path,
         vmm: Vmm,
     ) -> Result<Option<Vm>, HypervisorError> {
+        // As it was started in: where it is confined, there is no other path to it.
+        let dir = &fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
         if let Self::Helper(helper) = self {
-            let name = Name::of(&fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned()));
+            let name = Name::of(dir);
             let running = waiting(|| helper.list())?;
             if let Some(running) = running.into_iter().find(|running| running.name == name) {
                 let found = Vm::helped(Helped::new(helper, &running, None), dir, program, vmm);
