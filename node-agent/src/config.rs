@@ -424,6 +424,8 @@ mod tests {
         assert!(error(&format!("{rule}port = [1]")).contains("did you mean `ports`?"));
         assert!(error(&format!("{rule}name = 'a'")).contains("either a `name` or a `range`"));
         assert!(error(&format!("{rule}ports = ['a']")).contains("ports"));
+        assert!(error("ready_guests = 65").contains("at most 64"));
+        assert!(error("ready_guests = 1\nwarm = false").contains("leave `warm = false` away"));
         let error = Config::parse(Path::new("f"), "data_dir = \"/d\"").unwrap_err();
         assert!(error.to_string().contains("`name` is missing"));
     }
