@@ -183,8 +183,14 @@ impl Drop for Node {
             let _ = self.client.end(running.name, true);
         }
         let ended = || self.client.list().is_ok_and(|running| running.is_empty());
+        // One that has ended is listed no more; the helper removes its cgroups after that.
+        let is_empty = |cgroup: &PathBuf| {
+            let mut entries = fs::read_dir(cgroup).unwrap().flatten();
+            !entries.any(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        };
         if !std::thread::panicking() {
             self.until("all end", ended);
+            self.until("their cgroups go", || self.cgroups().iter().all(is_empty));
         }
         let _ = self.process.kill();
         let _ = self.process.wait();
