@@ -71,6 +71,8 @@ pub enum Verb {
     Stop(commands::stop::StopArgs),
     /// Start stopped sandboxes
     Start(commands::start::StartArgs),
+    /// Give a stopped sandbox other CPUs or another memory
+    Resize(commands::resize::ResizeArgs),
     /// Remove sandboxes and their disks
     Rm(commands::rm::RmArgs),
     /// Remove stopped sandboxes and images that nobody uses
@@ -116,6 +118,7 @@ impl Verb {
             Self::Fork(args) => args.json,
             Self::Stop(args) => args.json,
             Self::Start(args) => args.json,
+            Self::Resize(args) => args.json,
             Self::Rm(args) => args.json,
             Self::Prune(args) => args.json,
             Self::Ttl(args) => args.json,

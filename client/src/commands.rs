@@ -18,6 +18,7 @@ pub mod node;
 pub mod pause;
 pub mod ports;
 pub mod prune;
+pub mod resize;
 pub mod rm;
 pub mod run;
 pub mod shell;
@@ -65,6 +66,7 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Fork(args) => fork::run(args, &env).await,
         Verb::Stop(args) => stop::run(args, &env).await,
         Verb::Start(args) => start::run(args, &env).await,
+        Verb::Resize(args) => resize::run(args, &env).await,
         Verb::Rm(args) => rm::run(args, &env).await,
         Verb::Prune(args) => Box::pin(prune::run(args, &env)).await,
         Verb::Ttl(args) => ttl::run(args, &env).await,

@@ -227,6 +227,7 @@ impl Config {
             return Err(ConfigError::UnknownKey { path: path.into(), key, nearest });
         }
         let file: File = table.try_into().map_err(|e: toml::de::Error| parse(e.to_string()))?;
+        let ready_guests = ready_guests(&file).map_err(value)?;
         let missing = |key: &str| value(format!("`{key}` is missing"));
         let name = file.name.ok_or_else(|| missing("name"))?;
         check_name(&name).map_err(|error| value(error.to_string()))?;
@@ -287,7 +288,7 @@ impl Config {
             },
             guest_console: file.guest_console,
             warm: file.warm.unwrap_or(true),
-            ready_guests: ready_guests(file.ready_guests, file.warm).map_err(value)?,
+            ready_guests,
             private_registries: file.private_registries,
             egress: OperatorRules::parse(file.egress.allow).map_err(value)?,
             isolation_process: file.isolation_process,
@@ -304,14 +305,18 @@ fn at_least(key: &str, given: Option<u32>, min: u32) -> Result<Option<u32>, Stri
     }
 }
 
-fn ready_guests(given: usize, warm: Option<bool>) -> Result<usize, String> {
-    match given {
+fn ready_guests(file: &File) -> Result<usize, String> {
+    match file.ready_guests {
         0 => Ok(0),
-        _ if warm == Some(false) => {
+        _ if file.warm == Some(false) => {
             Err("`ready_guests` needs templates; leave `warm = false` away".into())
         }
-        1..=READY_GUESTS_MAX => Ok(given),
-        _ => Err(format!("`ready_guests` is {given}; at most {READY_GUESTS_MAX} is expected")),
+        _ if file.guest_console => {
+            Err("a guest that waits has no console; leave `ready_guests` or `guest_console` away"
+                .into())
+        }
+        given @ 1..=READY_GUESTS_MAX => Ok(given),
+        given => Err(format!("`ready_guests` is {given}; at most {READY_GUESTS_MAX} is expected")),
     }
 }
 
@@ -426,6 +431,7 @@ mod tests {
         assert!(error(&format!("{rule}ports = ['a']")).contains("ports"));
         assert!(error("ready_guests = 65").contains("at most 64"));
         assert!(error("ready_guests = 1\nwarm = false").contains("leave `warm = false` away"));
+        assert!(error("ready_guests = 1\nguest_console = true").contains("has no console"));
         let error = Config::parse(Path::new("f"), "data_dir = \"/d\"").unwrap_err();
         assert!(error.to_string().contains("`name` is missing"));
     }

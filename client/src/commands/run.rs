@@ -281,7 +281,10 @@ async fn find_or_create(
             let name = sandbox::name(&found);
             let text = format!("this folder's sandbox {name} has {difference}");
             return Err(Failure::new(text)
-                .hint(format!("`--new` makes another one; `tow rm {name}` removes this one"))
+                .hint(format!(
+                    "`--new` makes another one; `tow resize {name}` changes CPUs and memory, and \
+                     `tow rm {name}` removes this one"
+                ))
                 .code(crate::error::TOWLINE_FAILED)
                 .into());
         }

@@ -426,6 +426,7 @@ impl rpc::ControlPlane for FakeControlPlane {
         list_sandboxes: ListSandboxesRequest => ListSandboxesResponse,
         set_desired: SetDesiredRequest => Sandbox,
         set_expiry: SetExpiryRequest => Sandbox,
+        resize_sandbox: ResizeSandboxRequest => Sandbox,
         fork_sandbox: ForkSandboxRequest => ForkSandboxResponse,
         put_image: PutImageRequest => Image,
         list_images: ListImagesRequest => ListImagesResponse,

@@ -106,7 +106,8 @@ fn check_image(image: Option<&v1::ImageRef>) -> Result<bool, Refusal> {
     }
 }
 
-fn check_shape(shape: &v1::Shape) -> Result<(), Refusal> {
+/// Checks amounts; what is 0 was left out.
+pub(crate) fn check_shape(shape: &v1::Shape) -> Result<(), Refusal> {
     let bad = |what: &str, range: String| {
         Err(Refusal::invalid(format!("{what} must be in {range}, or left out")))
     };

@@ -10,8 +10,8 @@ use towline_proto::v1::{Command, CommandBatch, Desired, command::What};
 /// only once it is used.
 ///
 /// 1: the first. 2: timeouts ([`What::SetExpiry`], `SandboxSpec.timeout_s`). 3: pauses and forks
-/// ([`What::ForkSandbox`], `DESIRED_PAUSED`).
-pub const VERSION: u32 = 3;
+/// ([`What::ForkSandbox`], `DESIRED_PAUSED`). 4: [`What::ResizeSandbox`].
+pub const VERSION: u32 = 4;
 
 /// Most commands in one log entry.
 pub const BATCH_COMMANDS_MAX: usize = 1000;
@@ -65,6 +65,7 @@ pub fn encode(now_ms: u64, commands: Vec<Command>) -> Bytes {
 /// The oldest version that has all of a command.
 fn version_of(command: &Command) -> u32 {
     match &command.what {
+        Some(What::ResizeSandbox(_)) => 4,
         Some(What::ForkSandbox(_)) => 3,
         Some(What::SetDesired(set)) if set.desired() == Desired::Paused => 3,
         Some(What::SetExpiry(_)) => 2,
@@ -126,6 +127,7 @@ mod tests {
         assert_eq!(version(create(60)), Ok(2));
         assert_eq!(version(What::SetExpiry(Default::default())), Ok(2));
         assert_eq!(version(What::ForkSandbox(Default::default())), Ok(3));
+        assert_eq!(version(What::ResizeSandbox(Default::default())), Ok(4));
         let set = |desired: Desired| {
             let desired = desired.into();
             What::SetDesired(towline_proto::v1::SetDesiredCommand { desired, ..Default::default() })

@@ -60,6 +60,8 @@ pub enum Request {
     ForkSandbox(v1::ForkSandboxRequest),
     /// When to stop it.
     SetExpiry(v1::SetExpiryRequest),
+    /// CPUs and memory of the next start.
+    ResizeSandbox(v1::ResizeSandboxRequest),
     /// One by id or name.
     GetSandbox(v1::GetSandboxRequest),
     /// Pages of the caller's.

@@ -10,6 +10,7 @@ pub mod forks;
 pub mod images;
 pub mod nodes;
 pub mod projects;
+pub mod resizing;
 pub mod sandboxes;
 pub mod tokens;
 
@@ -115,6 +116,7 @@ impl State {
             Some(What::SetDesired(set)) => self.set_desired(set, changes),
             Some(What::ForkSandbox(fork)) => self.fork_sandbox(fork, changes),
             Some(What::SetExpiry(set)) => self.set_expiry(set, changes),
+            Some(What::ResizeSandbox(resize)) => self.resize_sandbox(resize, changes),
             Some(What::RegisterNode(register)) => self.register_node(register, changes),
             Some(What::ReportObserved(report)) => self.report_observed(report, changes),
             Some(What::SetNodeState(set)) => self.set_node_state(set, changes),

@@ -139,6 +139,12 @@ impl World {
         self.ask("ada", Request::SetDesired(request)).map(sandbox)
     }
 
+    fn resize(&mut self, id: &[u8], cpus: u32, memory_mib: u64) -> Result<v1::Sandbox, Refusal> {
+        let (idempotency_key, id) = (self.key(), id.to_vec());
+        let request = v1::ResizeSandboxRequest { idempotency_key, id, cpus, memory_mib };
+        self.ask("ada", Request::ResizeSandbox(request)).map(sandbox)
+    }
+
     fn report(&mut self, of: &v1::Sandbox, phase: Phase) {
         self.sequence += 1;
         let observed = v1::Observed {
@@ -197,6 +203,59 @@ fn stopping_gives_cpu_and_memory_back_and_keeps_the_disk() {
     let refused = world.set(&made.id, Desired::Running).unwrap_err();
     assert!(refused.message.contains("needs 5.8 GiB of memory and node `n`"), "{refused}");
     assert_eq!(phase(&world.get(&made.id).unwrap()), Phase::Stopped);
+}
+
+#[test]
+fn another_shape_is_reserved_by_the_next_start() {
+    let mut world = World::new();
+    let made = world.create("one", 1000).unwrap();
+    world.report(&made, Phase::Running);
+    let same = world.resize(&made.id, 0, 1000).unwrap();
+    assert_eq!(same.generation, made.generation, "it has that much");
+    let running = world.resize(&made.id, 0, 2000).unwrap_err();
+    assert!(running.message.contains("`tow stop one`"), "{running}");
+    let stopped = world.set(&made.id, Desired::Stopped).unwrap();
+    world.resize(&made.id, 0, 2000).expect_err("its node has not stopped it yet");
+    world.report(&stopped, Phase::Stopped);
+    let resized = world.resize(&made.id, 0, 6000).unwrap();
+    let shape = resized.spec.as_ref().unwrap().shape.unwrap();
+    assert_eq!((shape.cpus, shape.memory_mib, shape.disk_mib), (2, 6000, 20 << 10));
+    assert_eq!((world.reserved().memory_mib, world.reserved().disk_mib), (0, 20 << 10));
+    let told = world.directives().into_iter().rev().find_map(|directive| match directive {
+        Directive::Desired(desired) => desired.spec.and_then(|spec| spec.shape),
+        _ => None,
+    });
+    assert_eq!(told, Some(shape));
+    world.report(&resized, Phase::Stopped);
+    let started = world.set(&made.id, Desired::Running).unwrap();
+    assert_eq!((world.reserved().memory_mib, world.reserved().cpus), (6000, 2));
+    world.report(&started, Phase::Running);
+    let stopped = world.set(&made.id, Desired::Stopped).unwrap();
+    world.report(&stopped, Phase::Stopped);
+    assert_eq!(world.reserved().memory_mib, 0);
+}
+
+#[test]
+fn no_shape_is_given_that_could_never_start() {
+    let mut world = World::new();
+    let made = world.create("one", 1000).unwrap();
+    world.report(&made, Phase::Failed);
+    assert_eq!(world.resize(&made.id, 0, 0).unwrap_err().kind, RefusalKind::Invalid);
+    assert_eq!(world.resize(&made.id, 0, 1).unwrap_err().kind, RefusalKind::Invalid);
+    let large = world.resize(&made.id, 0, 9000).unwrap_err();
+    assert!(large.message.contains("offers 8 GiB of memory in all"), "{large}");
+    let many = world.resize(&made.id, 17, 0).unwrap_err();
+    assert!(many.message.contains("offers 16 CPUs in all, and 17 CPUs are asked"), "{many}");
+    // It was wanted running: a node that starts what it is told of anew has nothing reserved.
+    let resized = world.resize(&made.id, 1, 0).unwrap();
+    assert_eq!(resized.desired(), Desired::Stopped);
+    assert_eq!(world.reserved().memory_mib, 0);
+    let (idempotency_key, id) = (world.key(), made.id.clone());
+    let request = v1::ResizeSandboxRequest { idempotency_key, id, cpus: 2, memory_mib: 0 };
+    let other = world.ask("eve", Request::ResizeSandbox(request)).unwrap_err();
+    assert_eq!(other.kind, RefusalKind::NotFound);
+    world.set(&made.id, Desired::Deleted).unwrap();
+    assert_eq!(world.resize(&made.id, 2, 0).unwrap_err().kind, RefusalKind::Precondition);
 }
 
 #[test]

@@ -120,6 +120,14 @@ impl ControlPlane for Service {
         expect!(answer, Answer::Sandbox(sandbox) => *sandbox)
     }
 
+    async fn resize_sandbox(
+        &self,
+        request: Request<v1::ResizeSandboxRequest>,
+    ) -> Reply<v1::Sandbox> {
+        let answer = self.ask(&request, Ask::ResizeSandbox(request.get_ref().clone())).await?;
+        expect!(answer, Answer::Sandbox(sandbox) => *sandbox)
+    }
+
     async fn issue_ticket(
         &self,
         request: Request<v1::IssueTicketRequest>,

@@ -99,6 +99,7 @@ impl rpc::ControlPlane for Fake {
         list_sandboxes: ListSandboxesRequest => ListSandboxesResponse,
         set_desired: SetDesiredRequest => Sandbox,
         set_expiry: SetExpiryRequest => Sandbox,
+        resize_sandbox: ResizeSandboxRequest => Sandbox,
         issue_ticket: IssueTicketRequest => IssueTicketResponse,
         put_image: PutImageRequest => Image,
         list_images: ListImagesRequest => ListImagesResponse,

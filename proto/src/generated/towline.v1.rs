@@ -588,6 +588,19 @@ pub struct SetExpiryRequest {
     pub ttl_s: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResizeSandboxRequest {
+    #[prost(bytes = "vec", tag = "1")]
+    pub idempotency_key: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    /// 0: as many as before.
+    #[prost(uint32, tag = "3")]
+    pub cpus: u32,
+    /// 0: as much as before.
+    #[prost(uint64, tag = "4")]
+    pub memory_mib: u64,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct IssueTicketRequest {
     /// Absent: a ticket for the image store of `node_id`.
     #[prost(bytes = "vec", tag = "1")]
@@ -2506,7 +2519,7 @@ pub struct Command {
     pub idempotency: ::core::option::Option<Idempotency>,
     #[prost(
         oneof = "command::What",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
     )]
     pub what: ::core::option::Option<command::What>,
 }
@@ -2546,6 +2559,9 @@ pub mod command {
         /// From version 3 on.
         #[prost(message, tag = "15")]
         ForkSandbox(super::ForkSandboxCommand),
+        /// From version 4 on.
+        #[prost(message, tag = "16")]
+        ResizeSandbox(super::ResizeSandboxCommand),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -2606,6 +2622,19 @@ pub struct SetExpiryCommand {
     pub ttl_s: u64,
     /// Empty: an operator.
     #[prost(string, tag = "3")]
+    pub owner: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ResizeSandboxCommand {
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: ::prost::alloc::vec::Vec<u8>,
+    /// 0: unchanged.
+    #[prost(uint32, tag = "2")]
+    pub cpus: u32,
+    #[prost(uint64, tag = "3")]
+    pub memory_mib: u64,
+    /// Empty: an operator.
+    #[prost(string, tag = "4")]
     pub owner: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]

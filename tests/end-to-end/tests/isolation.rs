@@ -74,7 +74,8 @@ fn is_a_sandbox(kind: Kind) {
     cluster.tow(["up", "--detach"]).finish(BOOT).ok();
     let folder = cluster.folder(kind.name);
     std::fs::write(folder.join("hello"), "hello").unwrap();
-    let mut sandbox = Sandbox { cluster: &cluster, kind, folder, process: "" };
+    let memory = "1GiB";
+    let mut sandbox = Sandbox { cluster: &cluster, kind, folder, memory, process: "" };
     sandbox.check_shown();
     sandbox.check_files();
     sandbox.check_ports();
@@ -91,6 +92,7 @@ struct Sandbox<'c> {
     cluster: &'c Cluster,
     kind: Kind,
     folder: PathBuf,
+    memory: &'static str,
     /// In the command line of the process that is the sandbox.
     process: &'static str,
 }
@@ -98,7 +100,7 @@ struct Sandbox<'c> {
 impl Sandbox<'_> {
     fn run(&self, script: &str) -> Finished {
         // Small enough for two copies beside it on a small machine.
-        let run = ["run", "--name", "it", "--isolation", self.kind.name, "--memory", "1GiB"];
+        let run = ["run", "--name", "it", "--isolation", self.kind.name, "--memory", self.memory];
         let command = ["--disk", "4GiB", "--", "sh", "-c", script];
         self.cluster.tow_in(&self.folder, run.into_iter().chain(command)).finish(BOOT)
     }
@@ -335,14 +337,30 @@ impl Sandbox<'_> {
         }
     }
 
-    fn check_stop_and_start(&self) {
+    fn check_stop_and_start(&mut self) {
         self.run("echo kept > /var/tmp/kept").ok();
         let process = self.cluster.process(&[self.process]);
         self.cluster.tow(["stop", "it"]).finish(BOOT).ok();
         wait_for("its end", SHORT, || (!process.alive()).then_some(()));
         assert_eq!(self.inspect()["phase"], "stopped");
+        let resize = ["resize", "it", "--cpus", "1", "--memory", "768m"];
+        self.cluster.tow(resize).finish(SHORT).ok();
         self.cluster.tow(["start", "it"]).finish(BOOT).ok();
-        assert_eq!(self.run("cat /var/tmp/kept").ok().out(), "kept");
+        let other = self.run("true").expect(125);
+        assert!(other.err().contains("memory (MiB) 768, not 1024"), "{}", other.err());
+        self.memory = "768m";
+        let sizes = "cat /var/tmp/kept; grep -c ^processor /proc/cpuinfo; \
+                     sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+        let said = self.run(sizes).ok().out();
+        let lines: Vec<&str> = said.lines().collect();
+        assert_eq!(lines[0], "kept");
+        if self.kind.own_kernel {
+            assert_eq!(lines[1], "1", "{said}");
+            let kib: u64 = lines[2].parse().unwrap();
+            assert!(kib < 768 << 10 && kib > 600 << 10, "{said}");
+        }
+        let running = self.cluster.tow(["resize", "it", "--cpus", "2"]).finish(SHORT).expect(1);
+        assert!(running.err().contains("`tow stop it`"), "{}", running.err());
     }
 
     fn check_killed(&self) {

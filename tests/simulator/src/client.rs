@@ -105,6 +105,11 @@ impl Client {
         if self.rng.percent(12) {
             return self.invent_fork(key, id);
         }
+        if self.rng.percent(10) {
+            let (cpus, memory_mib) = (0, 256 * self.rng.range(1, 6));
+            let resize = v1::ResizeSandboxRequest { idempotency_key: key, id, cpus, memory_mib };
+            return Operation { request: Request::ResizeSandbox(resize), mark, unsure: false };
+        }
         let desired = match self.rng.range(0, 12) {
             10.. => Desired::Paused,
             0..4 => Desired::Stopped,
@@ -221,7 +226,7 @@ impl Client {
                     known.desired = Desired::Deleted;
                 }
             }
-            (Request::SetExpiry(_), Some(known)) => {
+            (Request::SetExpiry(_) | Request::ResizeSandbox(_), Some(known)) => {
                 let gone = refusal.kind == RefusalKind::NotFound;
                 if gone && !known.unsure {
                     return Err(format!("{} was acknowledged and is lost", operation.mark));

@@ -5,7 +5,7 @@ use towline_proto::ids::TokenId;
 use towline_proto::v1::{self, Command, Desired, Idempotency, TokenRole, command::What};
 
 use super::{ControlPlane, Read};
-use crate::admission::{check_key, check_spec, check_timeout};
+use crate::admission::{check_key, check_shape, check_spec, check_timeout};
 use crate::input::{Answer, Caller, Effect, Request, RequestId, Role};
 use crate::placement::place;
 use crate::proposals::{Creation, IN_FLIGHT_MAX, Waiter};
@@ -64,6 +64,7 @@ impl ControlPlane {
                 self.pend(id, Some(key), What::SetExpiry(command));
                 Ok(())
             }
+            Request::ResizeSandbox(resize) => self.resize(id, &caller, &resize),
             Request::PutImage(put) => self.put_image(id, &caller, &put),
             Request::DeleteImage(delete) => {
                 let key = keyed(&caller, &delete.idempotency_key, &delete)?;
@@ -189,6 +190,24 @@ impl ControlPlane {
             owner: owner_asked(caller),
         };
         self.pend(id, Some(key), What::ForkSandbox(command));
+        Ok(())
+    }
+
+    fn resize(
+        &mut self,
+        id: RequestId,
+        caller: &Caller,
+        resize: &v1::ResizeSandboxRequest,
+    ) -> Result<(), Refusal> {
+        let key = keyed(caller, &resize.idempotency_key, resize)?;
+        let (cpus, memory_mib) = (resize.cpus, resize.memory_mib);
+        if cpus == 0 && memory_mib == 0 {
+            return Err(Refusal::invalid("say how many CPUs or how much memory it should have"));
+        }
+        check_shape(&v1::Shape { cpus, memory_mib, ..Default::default() })?;
+        let owner = owner_asked(caller);
+        let command = v1::ResizeSandboxCommand { id: resize.id.clone(), cpus, memory_mib, owner };
+        self.pend(id, Some(key), What::ResizeSandbox(command));
         Ok(())
     }
 

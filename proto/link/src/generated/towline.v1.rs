@@ -362,6 +362,31 @@ pub mod control_plane_client {
                 .insert(GrpcMethod::new("towline.v1.ControlPlane", "SetExpiry"));
             self.inner.unary(req, path, codec).await
         }
+        /// How many CPUs and how much memory a sandbox that does not run has from its next start on.
+        pub async fn resize_sandbox(
+            &mut self,
+            request: impl tonic::IntoRequest<::towline_proto::v1::ResizeSandboxRequest>,
+        ) -> std::result::Result<
+            tonic::Response<::towline_proto::v1::Sandbox>,
+            tonic::Status,
+        > {
+            self.inner
+                .ready()
+                .await
+                .map_err(|e| {
+                    tonic::Status::unknown(
+                        format!("Service was not ready: {}", e.into()),
+                    )
+                })?;
+            let codec = tonic_prost::ProstCodec::default();
+            let path = http::uri::PathAndQuery::from_static(
+                "/towline.v1.ControlPlane/ResizeSandbox",
+            );
+            let mut req = request.into_request();
+            req.extensions_mut()
+                .insert(GrpcMethod::new("towline.v1.ControlPlane", "ResizeSandbox"));
+            self.inner.unary(req, path, codec).await
+        }
         /// A short-lived signed right to reach one sandbox (or the image store) of one node.
         pub async fn issue_ticket(
             &mut self,
@@ -609,6 +634,14 @@ pub mod control_plane_server {
         async fn set_expiry(
             &self,
             request: tonic::Request<::towline_proto::v1::SetExpiryRequest>,
+        ) -> std::result::Result<
+            tonic::Response<::towline_proto::v1::Sandbox>,
+            tonic::Status,
+        >;
+        /// How many CPUs and how much memory a sandbox that does not run has from its next start on.
+        async fn resize_sandbox(
+            &self,
+            request: tonic::Request<::towline_proto::v1::ResizeSandboxRequest>,
         ) -> std::result::Result<
             tonic::Response<::towline_proto::v1::Sandbox>,
             tonic::Status,
@@ -1242,6 +1275,54 @@ pub mod control_plane_server {
                     let inner = self.inner.clone();
                     let fut = async move {
                         let method = SetExpirySvc(inner);
+                        let codec = tonic_prost::ProstCodec::default();
+                        let mut grpc = tonic::server::Grpc::new(codec)
+                            .apply_compression_config(
+                                accept_compression_encodings,
+                                send_compression_encodings,
+                            )
+                            .apply_max_message_size_config(
+                                max_decoding_message_size,
+                                max_encoding_message_size,
+                            );
+                        let res = grpc.unary(method, req).await;
+                        Ok(res)
+                    };
+                    Box::pin(fut)
+                }
+                "/towline.v1.ControlPlane/ResizeSandbox" => {
+                    #[allow(non_camel_case_types)]
+                    struct ResizeSandboxSvc<T: ControlPlane>(pub Arc<T>);
+                    impl<
+                        T: ControlPlane,
+                    > tonic::server::UnaryService<
+                        ::towline_proto::v1::ResizeSandboxRequest,
+                    > for ResizeSandboxSvc<T> {
+                        type Response = ::towline_proto::v1::Sandbox;
+                        type Future = BoxFuture<
+                            tonic::Response<Self::Response>,
+                            tonic::Status,
+                        >;
+                        fn call(
+                            &mut self,
+                            request: tonic::Request<
+                                ::towline_proto::v1::ResizeSandboxRequest,
+                            >,
+                        ) -> Self::Future {
+                            let inner = Arc::clone(&self.0);
+                            let fut = async move {
+                                <T as ControlPlane>::resize_sandbox(&inner, request).await
+                            };
+                            Box::pin(fut)
+                        }
+                    }
+                    let accept_compression_encodings = self.accept_compression_encodings;
+                    let send_compression_encodings = self.send_compression_encodings;
+                    let max_decoding_message_size = self.max_decoding_message_size;
+                    let max_encoding_message_size = self.max_encoding_message_size;
+                    let inner = self.inner.clone();
+                    let fut = async move {
+                        let method = ResizeSandboxSvc(inner);
                         let codec = tonic_prost::ProstCodec::default();
                         let mut grpc = tonic::server::Grpc::new(codec)
                             .apply_compression_config(
