@@ -40,6 +40,7 @@ pub(crate) fn measure(cluster: &Cluster, runs: usize, goals: &Goals) -> anyhow::
     };
     let share = ratio(time(&copied), time(&booted));
     let (copies_kib, booted_kib) = (memory(&copied), memory(&booted));
+    anyhow::ensure!(copies_kib > 0 && booted_kib > 0, "the VMMs' memory could not be read");
     let memory_share = copies_kib as f64 / booted_kib.max(1) as f64;
     let (took, cold) = (ms(time(&copied)), ms(time(&booted)));
     Ok(vec![

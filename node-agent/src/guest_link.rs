@@ -50,6 +50,9 @@ pub enum GuestLinkError {
     /// The guest broke the rules.
     #[error("the guest agent does not keep to the protocol: {0}")]
     Protocol(String),
+    /// A guest that was configured is not any more.
+    #[error("the guest began anew: its kernel crashed, or something in it rebooted it")]
+    BeganAnew,
     /// The guest agent speaks another version.
     #[error("the guest agent speaks protocol {0}, this node agent {GUEST_PROTOCOL}")]
     Version(u32),

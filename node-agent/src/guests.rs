@@ -332,7 +332,7 @@ impl Attendance {
         sleep(RELINK_PAUSE).await;
         let link = GuestLink::connect(&self.vm, self.secret, RELINK_MAX).await?;
         if !link.hello.configured {
-            return Err(GuestLinkError::Protocol("it forgot its configuration".into()));
+            return Err(GuestLinkError::BeganAnew);
         }
         Ok(link)
     }

@@ -17,6 +17,9 @@ fi
 [ -x "$vmm" ] || { echo "error: TOWLINE_CLOUD_HYPERVISOR is $vmm, which is no program" >&2; exit 1; }
 here=$(cd "$(dirname "$0")" && pwd)
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/towline"
+qemu=$("$here/qemu.sh" "$cache/qemu-nested")
+export PATH="$qemu:$PATH"
+echo "== nesting in $(qemu-system-x86_64 --version | head -n 1)" >&2
 
 echo "== building what runs in there" >&2
 cd "$here/../.."

@@ -1,9 +1,12 @@
 //! Finds and ends the processes of one cluster: those whose command line or environment names its
-//! folder, or that run in it. Ends nothing else.
+//! folder, or that run in it. Ends nothing else. What a helper has started (`TOWLINE_HELPER`) is
+//! another user's, so it is asked for those.
 
 use std::path::Path;
 
 use rustix::process::{Pid, Signal, kill_process};
+use towline_node_helper::client::Helper;
+use towline_node_helper::protocol::Name;
 
 /// One process.
 #[derive(Debug, Clone)]
@@ -13,10 +16,13 @@ pub struct Process {
     /// Its arguments, joined by spaces.
     pub command_line: String,
     started: Vec<u8>,
+    /// As its helper calls it.
+    name: Option<Name>,
 }
 
 /// Returns the processes that belong to `folder`.
 pub fn of(folder: &Path) -> Vec<Process> {
+    let dir = folder;
     let folder = folder.as_os_str().as_encoded_bytes();
     let own = std::process::id().to_string();
     let mut found = Vec::new();
@@ -31,11 +37,37 @@ pub fn of(folder: &Path) -> Vec<Process> {
             || names_it(&environment)
             || names_it(works_in.as_os_str().as_encoded_bytes());
         if name != own && !command.is_empty() && belongs {
-            let command_line = String::from_utf8_lossy(&command).replace('\0', " ");
-            found.push(Process { pid, command_line, started: start_time(pid) });
+            found.push(Process {
+                pid,
+                command_line: text(&command),
+                started: start_time(pid),
+                name: None,
+            });
         }
     }
+    found.extend(of_helper(dir));
     found
+}
+
+/// Those that the helper runs in a folder beneath this one.
+fn of_helper(folder: &Path) -> Vec<Process> {
+    let running = helper().map(|helper| helper.list().unwrap_or_default());
+    let within = running.into_iter().flatten().filter(|it| Path::new(&it.dir).starts_with(folder));
+    within
+        .map(|it| {
+            let command = std::fs::read(format!("/proc/{}/cmdline", it.pid)).unwrap_or_default();
+            let (command_line, started) = (text(&command), start_time(it.pid));
+            Process { pid: it.pid, command_line, started, name: Some(it.name) }
+        })
+        .collect()
+}
+
+fn helper() -> Option<Helper> {
+    std::env::var_os("TOWLINE_HELPER").map(Helper::new)
+}
+
+fn text(command: &[u8]) -> String {
+    String::from_utf8_lossy(command).replace('\0', " ")
 }
 
 impl Process {
@@ -49,7 +81,12 @@ impl Process {
 
     /// kill -9.
     pub fn kill(&self) {
-        self.signal(Signal::KILL);
+        match (&self.name, helper()) {
+            (Some(name), Some(helper)) => {
+                let _gone = helper.end(name.clone(), true);
+            }
+            _ => self.signal(Signal::KILL),
+        }
     }
 
     /// Whether it is still there (a zombie is not).
