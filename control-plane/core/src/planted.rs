@@ -9,6 +9,7 @@ mod switches {
         static FITS_SKIPPED: Cell<bool> = const { Cell::new(false) };
         static DEDUP_SKIPPED: Cell<bool> = const { Cell::new(false) };
         static EXPIRY_SKIPPED: Cell<bool> = const { Cell::new(false) };
+        static RESIZE_UNGUARDED: Cell<bool> = const { Cell::new(false) };
     }
 
     /// Plants or removes: `fits()` says yes to everything.
@@ -26,6 +27,15 @@ mod switches {
         EXPIRY_SKIPPED.set(on);
     }
 
+    /// Plants or removes: a sandbox is resized whatever it does.
+    pub fn plant_resize_unguarded(on: bool) {
+        RESIZE_UNGUARDED.set(on);
+    }
+
+    pub(crate) fn resize_unguarded() -> bool {
+        RESIZE_UNGUARDED.get()
+    }
+
     pub(crate) fn expiry_skipped() -> bool {
         EXPIRY_SKIPPED.get()
     }
@@ -41,6 +51,10 @@ mod switches {
 
 #[cfg(not(feature = "planted-bugs"))]
 mod switches {
+    pub(crate) const fn resize_unguarded() -> bool {
+        false
+    }
+
     pub(crate) const fn expiry_skipped() -> bool {
         false
     }
@@ -54,6 +68,8 @@ mod switches {
     }
 }
 
-pub(crate) use switches::{dedup_skipped, expiry_skipped, fits_skipped};
+pub(crate) use switches::{dedup_skipped, expiry_skipped, fits_skipped, resize_unguarded};
 #[cfg(feature = "planted-bugs")]
-pub use switches::{plant_dedup_skipped, plant_expiry_skipped, plant_fits_skipped};
+pub use switches::{
+    plant_dedup_skipped, plant_expiry_skipped, plant_fits_skipped, plant_resize_unguarded,
+};

@@ -28,6 +28,8 @@ pub enum Bug {
     DedupSkipped,
     /// No timeout stops anything.
     ExpirySkipped,
+    /// A sandbox that runs is resized.
+    ResizeUnguarded,
 }
 
 /// What to play.
@@ -137,11 +139,13 @@ pub fn run(setup: Setup) -> Result<Report, Failure> {
     planted::plant_fits_skipped(setup.bug == Bug::FitsSkipped);
     planted::plant_dedup_skipped(setup.bug == Bug::DedupSkipped);
     planted::plant_expiry_skipped(setup.bug == Bug::ExpirySkipped);
+    planted::plant_resize_unguarded(setup.bug == Bug::ResizeUnguarded);
     let mut world = World::new(setup);
     let result = world.play();
     planted::plant_fits_skipped(false);
     planted::plant_dedup_skipped(false);
     planted::plant_expiry_skipped(false);
+    planted::plant_resize_unguarded(false);
     result.map_err(|what| Failure { seed: setup.seed, event: world.events, what })
 }
 

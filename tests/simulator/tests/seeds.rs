@@ -71,6 +71,7 @@ fn planted_bugs_are_caught() {
     caught(Bug::TailDropped, 1, 20, &lost);
     caught(Bug::FitsSkipped, 1, 20, &["oversold"]);
     caught(Bug::ExpirySkipped, 1, 20, &["not stopped by its timeout"]);
+    caught(Bug::ResizeUnguarded, 1, 20, &["reserved"]);
     caught(
         Bug::DedupSkipped,
         1,
