@@ -14,9 +14,10 @@ pub(crate) fn describe(vmm: &str) -> String {
         .and_then(|text| text.parse().ok())
         .unwrap_or_default();
     let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    let build = if cfg!(debug_assertions) { "debug" } else { "release" };
     format!(
-        "Machine: {cores} cores ({cpu}), {} GiB, Linux {}; microVMs by {vmm}; release \
-         build; medians.",
+        "Machine: {cores} cores ({cpu}), {} GiB, Linux {}; microVMs by {vmm}; {build} build; \
+         medians.",
         memory_kib >> 20,
         read("/proc/sys/kernel/osrelease").trim()
     )

@@ -47,13 +47,17 @@ for _ in $(seq 100); do
   [ -S $TOWLINE_HELPER ] && break
   sleep 0.1
 done
-if [ "$1" = bench ]; then
+# The figures, of so many starts and forks.
+figures() {
   # Without the helper: the memory of other users' processes cannot be read.
   unset TOWLINE_HELPER
   chown $user /dev/kvm
   [ ! -e /dev/userfaultfd ] || chown $user /dev/userfaultfd
-  as_user ./towline-benches --bin-dir /opt/nested --nested --write false \
-    --cold-runs 5 --warm-runs 5 --fork-runs 3
+  (cd /opt/nested && as_user ./towline-benches --bin-dir . --nested --write false \
+    --cold-runs "$1" --warm-runs "$1" --fork-runs "$2")
+}
+if [ "$1" = bench ]; then
+  figures 5 3
   exit
 fi
 # What it is as a node. Landlock that is demanded is there, or VMs are refused.
@@ -77,7 +81,7 @@ as_user ./conformance --test-threads=1 --nocapture cloud_hypervisor
 unset TOWLINE_CLOUD_HYPERVISOR
 export TOWLINE_BIN_DIR=/opt/nested
 as_user ./isolation --exact --nocapture a_vm_is_what_a_sandbox_is | tee isolation.log
-grep -q '^driver: cloud-hypervisor' isolation.log
+grep -q 'driver: cloud-hypervisor' isolation.log
 grep -q '^test result: ok' isolation.log
 # A guest that waited becomes a sandbox.
 as_user ./ready --exact --nocapture vm_that_waited_becomes_a_sandbox_like_any_other | tee ready.log
@@ -129,3 +133,5 @@ done
 as_user /opt/nested/tow rm --force one other
 as_user /opt/nested/tow down
 kill $helper
+echo "== figures, for a first look: make bench-nested takes more runs of a release build"
+figures 1 1
