@@ -56,7 +56,7 @@ finish() {
 trap finish EXIT
 
 echo "== starting a machine to nest in" >&2
-# One CPU: it is as fast as two, and what an emulator does for several at once cannot go wrong.
+# One CPU: it is nearly as fast as two, under which a guest of the guest crashed once.
 "$tow" create --quiet --no-sync --name nested --image local --cpus 1 --memory 6GiB --disk 10GiB
 mkdir "$work/bring" "$work/bring/cache"
 for program; do
