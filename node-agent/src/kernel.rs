@@ -17,7 +17,7 @@ use rustix::fs::{FlockOperation, flock};
 use sha2::{Digest, Sha256};
 
 /// Changes when what is kept of a package changes, so that older caches are not mistaken for it.
-const LAYOUT: &str = "v4";
+const LAYOUT: &str = "v5";
 /// The disk of all modules.
 const MODULES_DISK: &str = "modules.squashfs";
 

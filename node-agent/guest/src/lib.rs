@@ -4,11 +4,13 @@
 //! and `root` build what the workload sees, `workload` holds its processes, `exec` runs commands,
 //! `serve` tells streams apart. Nothing here trusts the workload, and nothing outside trusts this.
 
+mod accept_queue;
 pub mod agent;
 pub mod boot;
 pub mod configure;
 pub mod copy;
 pub mod credentials;
+mod dial;
 mod disks;
 pub mod exec;
 pub mod files;

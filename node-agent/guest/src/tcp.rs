@@ -5,27 +5,23 @@
 //! then reset. The number of connections and the memory of all together are bounded.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 use towline_proto::frame::FrameKind;
 use towline_proto::limits::{TCP_FIRST_BYTES_MAX, TCP_STREAMS_MAX};
 use towline_proto::v1::{StreamErrorCode, TcpConnected, TcpOpen, tcp_open::How};
 use towline_streams::{Attachment, FrameReader, FrameWriter, Memory, Over, Pipe, Socket};
 
+use crate::dial::Dialler;
 use crate::forward::Forwards;
 use crate::refusal::Refusal;
 
 /// How long a connection without a link is kept: a laptop that sleeps over lunch finds it again.
 const DETACHED_MAX: Duration = Duration::from_secs(60 * 60);
-/// Bound on connecting to a port of the sandbox itself.
-const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// Bytes of all connections in memory before each is held to little: the agent must stay small
 /// beside the workload.
 const HELD_MAX: usize = 16 << 20;
@@ -39,6 +35,7 @@ pub struct TcpTable {
     entries: Mutex<BTreeMap<Key, Arc<Entry>>>,
     memory: Arc<Memory>,
     forwards: Arc<Forwards>,
+    dialler: Arc<Dialler>,
 }
 
 #[derive(Debug)]
@@ -51,8 +48,8 @@ struct Entry {
 impl TcpTable {
     /// A table without connections; those that `forwards` announces can be taken through it.
     pub fn new(forwards: Arc<Forwards>) -> Arc<Self> {
-        let memory = Memory::new(HELD_MAX);
-        Arc::new(Self { entries: Mutex::default(), memory, forwards })
+        let (memory, dialler) = (Memory::new(HELD_MAX), Arc::default());
+        Arc::new(Self { entries: Mutex::default(), memory, forwards, dialler })
     }
 
     /// How many connections are kept.
@@ -244,7 +241,8 @@ fn find_or_make(
             if is_new {
                 let first = entry.pipe.on_first(Bytes::from(connect.first));
                 first.map_err(|error| Refusal::invalid(error.to_string()))?;
-                table.make(key, &entry, dial(port));
+                let dialler = Arc::clone(&table.dialler);
+                table.make(key, &entry, async move { dialler.dial(port).await });
             }
             Ok((entry, 0))
         }
@@ -266,38 +264,4 @@ async fn made(entry: &Entry) -> Result<(), Refusal> {
     let gone = || Refusal::new(StreamErrorCode::Internal, "the connection's task died");
     let made = made.wait_for(Option::is_some).await.map_err(|_| gone())?;
     made.clone().unwrap_or_else(|| Err(gone()))
-}
-
-/// Connects to a port of the sandbox's loopback, IPv4 first.
-async fn dial(port: u16) -> Result<TcpStream, Refusal> {
-    let loopback = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)];
-    let mut why = None;
-    for address in loopback {
-        let connect = TcpStream::connect(SocketAddr::new(address, port));
-        match tokio::time::timeout(CONNECT_MAX, connect).await {
-            Ok(Ok(stream)) => {
-                // Small answers must not wait for one another.
-                let _ = stream.set_nodelay(true);
-                return Ok(stream);
-            }
-            Ok(Err(error)) => why = why.or(Some(error)),
-            Err(_) => why = why.or(Some(io::ErrorKind::TimedOut.into())),
-        }
-    }
-    Err(no_connection(port, &why.unwrap_or_else(|| io::ErrorKind::ConnectionRefused.into())))
-}
-
-fn no_connection(port: u16, error: &io::Error) -> Refusal {
-    let code = match error.kind() {
-        io::ErrorKind::ConnectionRefused => StreamErrorCode::ConnectionRefused,
-        io::ErrorKind::TimedOut => StreamErrorCode::TimedOut,
-        _ => return Refusal::io(format!("cannot connect to port {port}"), error),
-    };
-    let message = match code {
-        StreamErrorCode::ConnectionRefused => {
-            format!("nothing in the sandbox listens on port {port}")
-        }
-        _ => format!("port {port} in the sandbox does not answer"),
-    };
-    Refusal::new(code, message)
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// What the guest agent needs, besides what these depend on. Built-in ones are passed over.
-const WANTED: [&str; 11] = [
+const WANTED: [&str; 12] = [
     "virtio_mmio",
     "virtio_console",
     "virtio_pci",
@@ -18,6 +18,7 @@ const WANTED: [&str; 11] = [
     "overlay",
     "fuse",
     "tun",
+    "tcp_diag",
 ];
 /// Longest chain of dependencies; more is a loop.
 const DEPTH_MAX: usize = 16;
@@ -175,13 +176,15 @@ mod tests {
         write("overlay", "");
         write("fuse", "");
         write("tun", "");
+        write("inet_diag", "");
+        write("tcp_diag", "inet_diag");
         fs::write(tree.path().join("modules.builtin"), "kernel/fs/ext4/ext4.ko\n").unwrap();
         let order = select(tree.path(), into.path()).unwrap();
         assert_eq!(
             order.join(" "),
             "virtio_ring.ko virtio.ko virtio_mmio.ko virtio_console.ko virtio_pci_modern_dev.ko \
              virtio_pci.ko vsock.ko vmw_vsock_virtio_transport.ko virtio-rng.ko virtio_blk.ko \
-             squashfs.ko overlay.ko fuse.ko tun.ko"
+             squashfs.ko overlay.ko fuse.ko tun.ko inet_diag.ko tcp_diag.ko"
         );
         fs::remove_file(tree.path().join("fuse.ko")).unwrap();
         assert_eq!(select(tree.path(), into.path()).unwrap_err(), "it has no module `fuse`");

@@ -146,7 +146,7 @@ impl Sandbox<'_> {
     }
 
     fn check_ports(&self) {
-        let serve = ["exec", "--no-sync", "-d", "it", "--", "python3", "-c", SERVER];
+        let serve = ["exec", "--no-sync", "-d", "it", "--"].into_iter().chain(SERVER);
         self.cluster.tow_in(&self.folder, serve).finish(SHORT).ok();
         let published = self.cluster.json(["ports", "--json", "it", "--publish", "8080"]);
         let port = published.iter().find_map(|port| port["published"][0]["host_port"].as_u64());

@@ -29,8 +29,9 @@ fn a_server_in_a_sandbox_answers_here_whatever_dies() {
     let big: Vec<u8> = (0..3_000_000u32).flat_map(u32::to_le_bytes).collect();
     std::fs::write(folder.join("big"), &big).unwrap();
     std::fs::write(folder.join("hello"), "hello").unwrap();
-    let args = ["run", "-d", "--json", "-p", "8080", "--", "python3", "-c", SERVER];
-    let started = cluster.tow_in(&folder, args).finish(BOOT).ok().out();
+    let args = ["run", "-d", "--json", "-p", "8080", "--"];
+    let started = cluster.tow_in(&folder, args.into_iter().chain(SERVER));
+    let started = started.finish(BOOT).ok().out();
     let started: serde_json::Value = serde_json::from_str(&started).unwrap();
     let port = port_of(&started);
     let name = started["name"].as_str().unwrap().to_owned();
@@ -111,8 +112,8 @@ fn a_taken_port_is_said_and_a_foreground_port_ends_with_its_command() {
     let holder = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = holder.local_addr().unwrap().port();
     let spec = format!("{taken}:8080");
-    let serve = ["run", "-p", &spec, "--", "python3", "-c", SERVER];
-    let server = cluster.tow_in(&folder, serve);
+    let serve = ["run", "-p", &spec, "--"];
+    let server = cluster.tow_in(&folder, serve.into_iter().chain(SERVER));
     let ports = || {
         let all = cluster.json(["ports", "--json"]);
         let port = all.first()?["published"][0]["host_port"].as_u64()?;
