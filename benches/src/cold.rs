@@ -13,8 +13,13 @@ use towline_end_to_end::oci::{File, layer, layout};
 use crate::stats::{median, ms, ratio};
 use crate::{Goals, Row, bare_boot};
 
-/// CPUs and MiB of both.
+/// CPUs and MiB of both, where the machine has so many CPUs.
 const SHAPE: (u32, u64) = (2, 2048);
+
+fn shape() -> (u32, u64) {
+    let here = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    (SHAPE.0.min(u32::try_from(here).unwrap_or(u32::MAX)), SHAPE.1)
+}
 
 /// Measures both, alternating.
 pub(crate) fn measure(cluster: &Cluster, runs: usize, goals: &Goals) -> anyhow::Result<Vec<Row>> {
@@ -23,7 +28,7 @@ pub(crate) fn measure(cluster: &Cluster, runs: usize, goals: &Goals) -> anyhow::
     let guest_agent = cluster.bin().join("towline-guest-agent-static");
     let (mut tow, mut bare) = (Vec::new(), Vec::new());
     for _ in 0..runs {
-        bare.push(bare_boot::once(&cluster.cache(), &guest_agent, SHAPE)?);
+        bare.push(bare_boot::once(&cluster.cache(), &guest_agent, shape())?);
         tow.push(first_byte(cluster)?);
     }
     let (tow, bare) = (median(&tow), median(&bare));
@@ -49,7 +54,8 @@ pub(crate) fn import(cluster: &Cluster) -> anyhow::Result<()> {
 
 fn first_byte(cluster: &Cluster) -> anyhow::Result<Duration> {
     let folder = cluster.root().join("work");
-    let (cpus, memory) = (SHAPE.0.to_string(), format!("{}MiB", SHAPE.1));
+    let (cpus, memory) = shape();
+    let (cpus, memory) = (cpus.to_string(), format!("{memory}MiB"));
     let arguments = ["run", "--rm", "--no-sync", "--image", "bench:1", "--cpus", &cpus];
     let mut command = cluster.tow_command(&folder, arguments);
     command.args(["--memory", &memory, "--", "echo", "x"]);
