@@ -10,7 +10,7 @@ use std::time::Duration;
 use towline_proto::ids::SandboxId;
 use towline_proto::v1::{self, Desired};
 
-use super::sandboxes::{Sandboxes, has_ended, no_sandbox, sandbox_id};
+use super::sandboxes::{Sandboxes, has_ended, no_sandbox, stays};
 use super::{Changes, Done, State};
 use crate::planted;
 use crate::refusal::Refusal;
@@ -68,15 +68,10 @@ impl State {
         set: &v1::SetExpiryCommand,
         changes: &mut Changes,
     ) -> Result<Done, Refusal> {
-        let id = sandbox_id(&set.id)?;
+        let (id, _) = self.sandboxes.owned(&set.id, &set.owner)?;
         let record = self.sandboxes.by_id.get_mut(&id).ok_or_else(|| no_sandbox(id))?;
         let sandbox = record.sandbox.get_or_insert_default();
-        if !set.owner.is_empty() && sandbox.owner != set.owner {
-            return Err(no_sandbox(id));
-        }
-        if sandbox.desired() == Desired::Deleted {
-            return Err(Refusal::precondition(format!("{id} is being deleted")));
-        }
+        stays(id, sandbox)?;
         self.revision += 1;
         sandbox.revision = self.revision;
         sandbox.spec.get_or_insert_default().timeout_s = set.ttl_s;

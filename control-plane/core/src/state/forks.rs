@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use towline_proto::ids::SandboxId;
 use towline_proto::v1::{self, Desired, Phase, SandboxRecord};
 
-use super::sandboxes::{New, no_sandbox, node_id, phase_name, sandbox_id, shape_of};
+use super::sandboxes::{New, node_id, phase_name, sandbox_id, shape_of};
 use super::{Changes, Done, State};
 use crate::names;
 use crate::refusal::{Refusal, RefusalKind};
@@ -26,12 +26,9 @@ impl State {
         fork: &v1::ForkSandboxCommand,
         changes: &mut Changes,
     ) -> Result<Done, Refusal> {
-        let source = sandbox_id(&fork.id)?;
-        let record = self.sandboxes.get(source).ok_or_else(|| no_sandbox(source))?.clone();
+        let (_, record) = self.sandboxes.owned(&fork.id, &fork.owner)?;
+        let record = record.clone();
         let origin = record.sandbox.clone().unwrap_or_default();
-        if !fork.owner.is_empty() && origin.owner != fork.owner {
-            return Err(no_sandbox(source));
-        }
         let ids = fork.ids.iter().map(|id| sandbox_id(id)).collect::<Result<Vec<_>, _>>()?;
         if ids.is_empty() || ids.len() > FORK_MAX {
             return Err(Refusal::invalid(format!("a fork makes 1 to {FORK_MAX} copies")));

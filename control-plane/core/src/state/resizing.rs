@@ -6,7 +6,7 @@
 
 use towline_proto::v1::{self, Desired};
 
-use super::sandboxes::{no_sandbox, node_id, sandbox_id};
+use super::sandboxes::{node_id, stays};
 use super::{Changes, Done, State};
 use crate::planted;
 use crate::refusal::{Refusal, RefusalKind};
@@ -19,15 +19,9 @@ impl State {
         resize: &v1::ResizeSandboxCommand,
         changes: &mut Changes,
     ) -> Result<Done, Refusal> {
-        let id = sandbox_id(&resize.id)?;
-        let record = self.sandboxes.get(id).ok_or_else(|| no_sandbox(id))?;
+        let (id, record) = self.sandboxes.owned(&resize.id, &resize.owner)?;
         let sandbox = record.sandbox.clone().unwrap_or_default();
-        if !resize.owner.is_empty() && sandbox.owner != resize.owner {
-            return Err(no_sandbox(id));
-        }
-        if sandbox.desired() == Desired::Deleted {
-            return Err(Refusal::precondition(format!("{id} is being deleted")));
-        }
+        stays(id, &sandbox)?;
         let spec = sandbox.spec.clone().unwrap_or_default();
         let before = spec.shape.unwrap_or_default();
         let or = |new: u64, old: u64| if new == 0 { old } else { new };

@@ -103,6 +103,22 @@ impl Sandboxes {
         Some(record)
     }
 
+    /// The sandbox that is meant, if it is this owner's; to another it is as if it were not there. An
+    /// empty owner may mean any.
+    pub(super) fn owned(
+        &self,
+        id: &[u8],
+        owner: &str,
+    ) -> Result<(SandboxId, &SandboxRecord), Refusal> {
+        let id = sandbox_id(id)?;
+        let is_owners = |record: &&SandboxRecord| {
+            let owned_by = record.sandbox.as_ref().map_or("", |sandbox| sandbox.owner.as_str());
+            owner.is_empty() || owned_by == owner
+        };
+        let record = self.get(id).filter(is_owners).ok_or_else(|| no_sandbox(id))?;
+        Ok((id, record))
+    }
+
     fn free_name(&mut self, id: SandboxId, sandbox: &v1::Sandbox) {
         let key = name_key(sandbox);
         if self.by_name.get(&key) == Some(&id) {
@@ -218,12 +234,8 @@ impl State {
         set: &v1::SetDesiredCommand,
         changes: &mut Changes,
     ) -> Result<Done, Refusal> {
-        let id = sandbox_id(&set.id)?;
-        let record = self.sandboxes.get(id).ok_or_else(|| no_sandbox(id))?;
+        let (id, record) = self.sandboxes.owned(&set.id, &set.owner)?;
         let sandbox = record.sandbox.clone().unwrap_or_default();
-        if !set.owner.is_empty() && sandbox.owner != set.owner {
-            return Err(no_sandbox(id));
-        }
         if set.expect_generation != 0 && set.expect_generation != sandbox.generation {
             return Err(Refusal::precondition(format!(
                 "{id} is at generation {}, not {}: look at it again",
@@ -231,8 +243,8 @@ impl State {
             )));
         }
         let desired = set.desired();
-        if sandbox.desired() == Desired::Deleted && desired != Desired::Deleted {
-            return Err(Refusal::precondition(format!("{id} is being deleted")));
+        if desired != Desired::Deleted {
+            stays(id, &sandbox)?;
         }
         let again = desired == Desired::Running && has_ended(&sandbox);
         if sandbox.desired() == desired && !again {
@@ -461,6 +473,14 @@ fn shorten(reason: &mut String) {
     if reason.len() > REASON_MAX {
         let end = (0..=REASON_MAX).rev().find(|&at| reason.is_char_boundary(at)).unwrap_or(0);
         reason.truncate(end);
+    }
+}
+
+/// Refuses what is meant for a sandbox that stays.
+pub(super) fn stays(id: SandboxId, sandbox: &v1::Sandbox) -> Result<(), Refusal> {
+    match sandbox.desired() == Desired::Deleted {
+        true => Err(Refusal::precondition(format!("{id} is being deleted"))),
+        false => Ok(()),
     }
 }
 
