@@ -55,6 +55,8 @@ pub enum Verb {
     Logs(commands::logs::LogsArgs),
     /// Copy files to and from a running sandbox
     Cp(commands::cp::CpArgs),
+    /// Show what a sandbox changed against its image
+    Diff(commands::diff::DiffArgs),
     /// Show and publish a sandbox's ports
     Ports(commands::ports::PortsArgs),
     /// Say what a sandbox is doing, what keeps it, and what its network policy blocked
@@ -110,6 +112,7 @@ impl Verb {
             Self::Create(args) => args.json,
             Self::Ls(args) => args.json,
             Self::Inspect(args) => args.json,
+            Self::Diff(args) => args.json,
             Self::Ports(args) => args.json,
             Self::Logs(args) => args.json,
             Self::Why(args) => args.json,
@@ -140,7 +143,6 @@ const LATER_VERBS: &[&str] = &[
     "sync",
     "checkpoint",
     "restore",
-    "diff",
     "save",
     "pool",
     "quota",

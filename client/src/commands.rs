@@ -5,6 +5,7 @@ pub mod completions;
 pub mod cp;
 pub mod create;
 pub mod daemon;
+pub mod diff;
 pub mod doctor;
 pub mod down;
 pub mod events;
@@ -57,6 +58,7 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Ls(args) => ls::run(args, &env).await,
         Verb::Inspect(args) => inspect::run(args, &env).await,
         Verb::Logs(args) => Box::pin(logs::run(args, &env)).await,
+        Verb::Diff(args) => Box::pin(diff::run(args, &env)).await,
         Verb::Cp(args) => Box::pin(cp::run(args, &env)).await,
         Verb::Ports(args) => Box::pin(ports::run(args, &env)).await,
         Verb::Why(args) => Box::pin(why::run(args, &env)).await,

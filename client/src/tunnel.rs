@@ -4,6 +4,7 @@
 //! guest agent. What a guest sends is checked here before it touches anything.
 
 pub mod copy;
+pub mod diff;
 pub mod exec;
 pub mod feed;
 pub mod files;

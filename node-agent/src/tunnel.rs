@@ -148,7 +148,8 @@ impl Tunnel {
                     | Kind::Tcp(_)
                     | Kind::PortList(_)
                     | Kind::Forward(_)
-                    | Kind::Copy(_),
+                    | Kind::Copy(_)
+                    | Kind::Diff(_),
                 ),
                 TicketTarget::Sandbox(sandbox),
             ) => match self.to_guest(sandbox, checked.epoch, open, stream).await {
@@ -203,6 +204,7 @@ impl Tunnel {
                     | Kind::PortList(_)
                     | Kind::Forward(_)
                     | Kind::Copy(_)
+                    | Kind::Diff(_)
                     | Kind::Feed(_),
                 ),
                 TicketTarget::Images,
@@ -305,7 +307,9 @@ fn priority(kind: Option<&Kind>) -> GuestPriority {
         Some(Kind::Exec(_)) => GuestPriority::Interactive,
         Some(Kind::Files(_)) => GuestPriority::Bulk,
         Some(Kind::Fuse(_)) => GuestPriority::Demand,
-        Some(Kind::ImageImport(_) | Kind::ImagePull(_) | Kind::Copy(_)) => GuestPriority::Bulk,
+        Some(Kind::ImageImport(_) | Kind::ImagePull(_) | Kind::Copy(_) | Kind::Diff(_)) => {
+            GuestPriority::Bulk
+        }
         Some(Kind::Tcp(_) | Kind::Egress(_)) => GuestPriority::Interactive,
         Some(
             Kind::Control(_)

@@ -96,6 +96,10 @@ pub enum FrameKind {
     FeedEntry = 113,
     /// `FeedEnd`.
     FeedEnd = 114,
+    /// `DiffPart`.
+    DiffPart = 115,
+    /// `DiffDone`.
+    DiffDone = 116,
     /// `ImagesCollected`.
     ImagesCollected = 130,
 }

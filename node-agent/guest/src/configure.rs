@@ -11,6 +11,7 @@ use towline_proto::v1::{GuestConfigure, User};
 
 use crate::boot::{self, Kernel};
 use crate::credentials::{self, RootFiles};
+use crate::diff::Trees;
 use crate::exec::ExecTable;
 use crate::refusal::Refusal;
 use crate::root::{self, RootSpec};
@@ -59,11 +60,13 @@ pub async fn configure(
         .await
         .map_err(|error| Refusal::io("cannot make the root file system", &error))?;
     let files = RootFiles::beneath(mounted.descriptor);
+    let mut made = vec![spec.folder.clone(), spec.cwd.clone()];
     blocking(|| root::announce_fork(Path::new(root::ROOT), ""))
         .await
         .map_err(|error| Refusal::io("cannot make /run/towline", &error))?;
     let settings = Settings::new(configure, files);
     let user = user(&settings).await?;
+    made.push(user.home.clone());
     let owner = user.clone();
     blocking(move || root::make_home(&owner))
         .await
@@ -82,7 +85,14 @@ pub async fn configure(
     let workload =
         Workload::sandbox(Path::new(root::ROOT), Path::new(root::SPOOL), cgroups).await?;
     let execs = ExecTable::new(workload, settings);
-    Ok(Services::new(execs, folder, user, root::ROOT.into()))
+    let mut services = Services::new(execs, folder, user, root::ROOT.into());
+    services.trees = Some(Trees {
+        upper: root::CHANGES.into(),
+        below: mounted.below,
+        root: root::ROOT.into(),
+        made,
+    });
+    Ok(services)
 }
 
 /// Runs on the blocking pool; a panic there is an error here.

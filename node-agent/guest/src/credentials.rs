@@ -28,8 +28,13 @@ impl RootFiles {
         Self(Some(Arc::new(root)))
     }
 
-    /// The whole file, or nothing if there is none that can be read safely.
+    /// An account file, or nothing if there is none that can be read safely.
     pub(crate) fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        self.read_up_to(path, FILE_MAX)
+    }
+
+    /// So many bytes of a file, or nothing if there is none that can be read safely.
+    pub(crate) fn read_up_to(&self, path: &str, max: u64) -> io::Result<Vec<u8>> {
         let Some(root) = &self.0 else { return Ok(Vec::new()) };
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = match rustix::fs::openat2(
@@ -47,7 +52,7 @@ impl RootFiles {
             return Ok(Vec::new());
         }
         let mut content = Vec::new();
-        std::fs::File::from(file).take(FILE_MAX).read_to_end(&mut content)?;
+        std::fs::File::from(file).take(max).read_to_end(&mut content)?;
         Ok(content)
     }
 }

@@ -7,10 +7,12 @@
 mod accept_queue;
 pub mod agent;
 pub mod boot;
+mod changes;
 pub mod configure;
 pub mod copy;
 pub mod credentials;
 mod dial;
+pub mod diff;
 mod disks;
 pub mod exec;
 pub mod files;

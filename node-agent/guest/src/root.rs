@@ -24,6 +24,10 @@ use crate::{fuse, gitconfig};
 pub const ROOT: &str = "/run/towline/root";
 /// The sandbox's own disk.
 pub const UPPER: &str = "/run/towline/upper";
+/// What the workload changed of its root, as overlayfs has it.
+pub const CHANGES: &str = "/run/towline/upper/overlay/upper";
+/// Several layers as one tree, without what the workload changed.
+const BELOW: &str = "/run/towline/below";
 /// Spools of detached execs: on the disk, outside the workload's view.
 pub const SPOOL: &str = "/run/towline/upper/spool";
 /// Where Towline speaks to what runs in the sandbox.
@@ -63,6 +67,8 @@ pub struct RootSpec {
 pub struct Mounted {
     /// The root directory.
     pub descriptor: OwnedFd,
+    /// The image as one tree, where the agent finds it.
+    pub below: PathBuf,
 }
 
 /// Builds and mounts everything but the project folder.
@@ -77,6 +83,7 @@ pub fn mount_root(spec: &RootSpec) -> io::Result<Mounted> {
         None => mount_layers(&disks, spec.layers)?,
     };
     mount_overlay(&lower, spec.kernel)?;
+    let below = mount_below(&lower, spec.kernel)?;
     let root = open_root()?;
     mount_system(&root, spec.kernel)?;
     mount_modules(&root, &disks)?;
@@ -84,7 +91,7 @@ pub fn mount_root(spec: &RootSpec) -> io::Result<Mounted> {
     if !spec.cwd.is_empty() {
         make_folders(&root, &spec.cwd, None)?;
     }
-    Ok(Mounted { descriptor: root })
+    Ok(Mounted { descriptor: root, below })
 }
 
 fn mount_upper(disks: &Disks) -> io::Result<()> {
@@ -143,16 +150,30 @@ fn mount_local(device: &fuse::Device, kernel: Kernel) -> io::Result<String> {
 }
 
 fn mount_overlay(lower: &str, kernel: Kernel) -> io::Result<()> {
-    let features = match kernel {
-        Kernel::Own => "redirect_dir=off,metacopy=off",
-        // In a user namespace `trusted.` attributes cannot be written; this leaves both off too.
-        Kernel::Shared => "userxattr",
-    };
     let options = format!(
-        "lowerdir={lower},upperdir={UPPER}/overlay/upper,workdir={UPPER}/overlay/work,\
-         index=off,xino=off,{features}"
+        "lowerdir={lower},upperdir={CHANGES},workdir={UPPER}/overlay/work,{}",
+        overlay_options(kernel)
     );
     mount("overlay", Path::new(ROOT), "overlay", MountFlags::NOATIME, &options)
+}
+
+fn overlay_options(kernel: Kernel) -> &'static str {
+    match kernel {
+        Kernel::Own => "index=off,xino=off,redirect_dir=off,metacopy=off",
+        // In a user namespace `trusted.` attributes cannot be written; this leaves both off too.
+        Kernel::Shared => "index=off,xino=off,userxattr",
+    }
+}
+
+/// The lower directories without the upper: one is a tree already, more become another overlay.
+fn mount_below(lower: &str, kernel: Kernel) -> io::Result<PathBuf> {
+    if !lower.contains(':') {
+        return Ok(lower.into());
+    }
+    let options = format!("lowerdir={lower},{}", overlay_options(kernel));
+    let flags = MountFlags::NOATIME | MountFlags::RDONLY | MountFlags::NODEV;
+    mount("overlay", Path::new(BELOW), "overlay", flags, &options)?;
+    Ok(BELOW.into())
 }
 
 fn open_root() -> io::Result<OwnedFd> {

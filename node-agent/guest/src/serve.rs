@@ -12,6 +12,7 @@ use towline_proto::v1::{PortList, StreamErrorCode, StreamOpen, User, stream_open
 use towline_streams::{FrameReader, FrameWriter};
 
 use crate::copy::{self, Copier};
+use crate::diff::{self, Trees};
 use crate::exec::{self, ExecTable};
 use crate::forward::{self, Forwards};
 use crate::refusal::Refusal;
@@ -32,6 +33,8 @@ pub struct Services {
     pub user: User,
     /// The workload's root as the agent sees it.
     pub root: PathBuf,
+    /// What is compared for `tow diff`; absent where there is no overlay.
+    pub trees: Option<Trees>,
     /// Connections that the laptop forwards.
     pub tcp: Arc<TcpTable>,
     /// Listeners whose connections the laptop takes.
@@ -48,7 +51,7 @@ impl Services {
     ) -> Self {
         let forwards = Arc::<Forwards>::default();
         let tcp = TcpTable::new(Arc::clone(&forwards));
-        Self { execs, folder, user, root, tcp, forwards }
+        Self { execs, folder, user, root, trees: None, tcp, forwards }
     }
 
     /// What a copy for this user is done with, the sandbox's where none is named.
@@ -103,6 +106,10 @@ where
         Ok(Kind::Copy(open)) => match services.copier(open.user.clone()).await {
             Ok(copier) => return copy::serve(copier, open, reader, writer).await,
             Err(refusal) => refusal,
+        },
+        Ok(Kind::Diff(_)) => match &services.trees {
+            Some(trees) => return diff::serve(trees.clone(), reader, writer).await,
+            None => Refusal::new(StreamErrorCode::Unsupported, "this sandbox is not of an image"),
         },
         Ok(Kind::PortList(_)) => match tokio::task::spawn_blocking(listen_table).await {
             Ok(list) => {

@@ -767,7 +767,7 @@ pub struct StreamOpen {
     pub ticket: ::prost::alloc::vec::Vec<u8>,
     #[prost(
         oneof = "stream_open::Kind",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 30"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 30"
     )]
     pub kind: ::core::option::Option<stream_open::Kind>,
 }
@@ -818,6 +818,9 @@ pub mod stream_open {
         /// Laptop to node: fetch an image from a registry.
         #[prost(message, tag = "16")]
         ImagePull(super::ImagePullOpen),
+        /// Laptop to guest: what changed against the image (`tow diff`).
+        #[prost(message, tag = "17")]
+        Diff(super::DiffOpen),
         /// Laptop to node: remove images that nobody uses. Answered by IMAGES_COLLECTED.
         #[prost(message, tag = "30")]
         ImageCollect(super::ImageCollectOpen),
@@ -1111,6 +1114,74 @@ pub struct CopyDone {
     /// Devices, sockets and pipes that were left out.
     #[prost(uint64, tag = "3")]
     pub skipped: u64,
+}
+/// ---- diff (laptop to guest) ----
+/// Answered by DIFF_PART frames, then DIFF_DONE.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DiffOpen {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct FileChange {
+    /// Absolute.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: ::prost::alloc::vec::Vec<u8>,
+    #[prost(enumeration = "FileChangeKind", tag = "2")]
+    pub kind: i32,
+    /// What it is now; of what was removed, what it was.
+    #[prost(enumeration = "FileType", tag = "3")]
+    pub r#type: i32,
+    /// Bytes of a regular file or of a link's target, now and in the image.
+    #[prost(uint64, tag = "4")]
+    pub size: u64,
+    #[prost(uint64, tag = "5")]
+    pub size_before: u64,
+    /// In what a changed file differs.
+    #[prost(bool, tag = "6")]
+    pub type_differs: bool,
+    #[prost(bool, tag = "7")]
+    pub content_differs: bool,
+    #[prost(bool, tag = "8")]
+    pub mode_differs: bool,
+    #[prost(bool, tag = "9")]
+    pub owner_differs: bool,
+    #[prost(bool, tag = "10")]
+    pub xattrs_differ: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PackageChange {
+    /// `dpkg` or `apk`.
+    #[prost(string, tag = "1")]
+    pub manager: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "3")]
+    pub architecture: ::prost::alloc::string::String,
+    /// Empty where it was, or is, not installed.
+    #[prost(string, tag = "4")]
+    pub version_before: ::prost::alloc::string::String,
+    #[prost(string, tag = "5")]
+    pub version: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct DiffPart {
+    /// In the order of the paths' bytes over all parts.
+    #[prost(message, repeated, tag = "1")]
+    pub changes: ::prost::alloc::vec::Vec<FileChange>,
+    /// After all changes.
+    #[prost(message, repeated, tag = "2")]
+    pub packages: ::prost::alloc::vec::Vec<PackageChange>,
+    /// Files looked at so far. A part without changes says that the walk goes on.
+    #[prost(uint64, tag = "3")]
+    pub looked_at: u64,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DiffDone {
+    #[prost(uint64, tag = "1")]
+    pub looked_at: u64,
+    /// Sockets, and trees that are not the image's (/dev, /proc, /run, /sys, /tmp, names under /etc).
+    #[prost(uint64, tag = "2")]
+    pub sockets: u64,
+    #[prost(uint64, tag = "3")]
+    pub volatile: u64,
 }
 /// Answered by EGRESS_OPENED or ERROR. After EGRESS_OPENED a TCP stream is raw bytes both ways, each
 /// half ended by its end; a UDP flow is EGRESS_DATAGRAM frames.
@@ -1601,6 +1672,80 @@ impl CopyDirection {
             "COPY_DIRECTION_UNSPECIFIED" => Some(Self::Unspecified),
             "COPY_DIRECTION_TO_SANDBOX" => Some(Self::ToSandbox),
             "COPY_DIRECTION_FROM_SANDBOX" => Some(Self::FromSandbox),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum FileType {
+    Unspecified = 0,
+    Regular = 1,
+    Directory = 2,
+    Symlink = 3,
+    CharacterDevice = 4,
+    BlockDevice = 5,
+    Fifo = 6,
+}
+impl FileType {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "FILE_TYPE_UNSPECIFIED",
+            Self::Regular => "FILE_TYPE_REGULAR",
+            Self::Directory => "FILE_TYPE_DIRECTORY",
+            Self::Symlink => "FILE_TYPE_SYMLINK",
+            Self::CharacterDevice => "FILE_TYPE_CHARACTER_DEVICE",
+            Self::BlockDevice => "FILE_TYPE_BLOCK_DEVICE",
+            Self::Fifo => "FILE_TYPE_FIFO",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "FILE_TYPE_UNSPECIFIED" => Some(Self::Unspecified),
+            "FILE_TYPE_REGULAR" => Some(Self::Regular),
+            "FILE_TYPE_DIRECTORY" => Some(Self::Directory),
+            "FILE_TYPE_SYMLINK" => Some(Self::Symlink),
+            "FILE_TYPE_CHARACTER_DEVICE" => Some(Self::CharacterDevice),
+            "FILE_TYPE_BLOCK_DEVICE" => Some(Self::BlockDevice),
+            "FILE_TYPE_FIFO" => Some(Self::Fifo),
+            _ => None,
+        }
+    }
+}
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum FileChangeKind {
+    Unspecified = 0,
+    Added = 1,
+    Changed = 2,
+    /// With all beneath it.
+    Removed = 3,
+}
+impl FileChangeKind {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "FILE_CHANGE_KIND_UNSPECIFIED",
+            Self::Added => "FILE_CHANGE_KIND_ADDED",
+            Self::Changed => "FILE_CHANGE_KIND_CHANGED",
+            Self::Removed => "FILE_CHANGE_KIND_REMOVED",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "FILE_CHANGE_KIND_UNSPECIFIED" => Some(Self::Unspecified),
+            "FILE_CHANGE_KIND_ADDED" => Some(Self::Added),
+            "FILE_CHANGE_KIND_CHANGED" => Some(Self::Changed),
+            "FILE_CHANGE_KIND_REMOVED" => Some(Self::Removed),
             _ => None,
         }
     }

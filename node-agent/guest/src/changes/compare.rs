@@ -1,0 +1,194 @@
+//! Whether a file equals the one below it: its kind, mode, owner, extended attributes, content.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::{Differs, Kind, Meta};
+
+/// The kernel bounds an attribute's value, and the list of names, to this.
+const XATTR_MAX: usize = 64 << 10;
+/// What overlayfs keeps for itself; `user.` where it may not write `trusted.`.
+const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
+/// Read of both files before `looked` is called.
+const PIECE: usize = 256 << 10;
+
+/// A file that was opened as itself, whatever it is.
+#[derive(Debug)]
+pub(super) struct Found {
+    fd: OwnedFd,
+    pub(super) meta: Meta,
+}
+
+/// What a name stands for.
+#[derive(Debug)]
+pub(super) enum Look {
+    File(Found),
+    Socket,
+    /// Overlayfs' mark for what was removed.
+    Whiteout,
+    Nothing,
+}
+
+/// Opens what has this name, without following a link.
+pub(super) fn look(folder: &OwnedFd, name: &[u8]) -> io::Result<Look> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = match rustix::fs::openat(folder, name, flags, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT) => return Ok(Look::Nothing),
+        Err(error) => return Err(error.into()),
+    };
+    let stat = rustix::fs::fstat(&fd)?;
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => Kind::Regular,
+        FileType::Directory => Kind::Directory,
+        FileType::Symlink => Kind::Symlink,
+        FileType::CharacterDevice if stat.st_rdev == 0 => return Ok(Look::Whiteout),
+        FileType::CharacterDevice => Kind::Character,
+        FileType::BlockDevice => Kind::Block,
+        FileType::Fifo => Kind::Fifo,
+        FileType::Socket | FileType::Unknown => return Ok(Look::Socket),
+    };
+    let (mut size, mut device) = (0, 0);
+    match kind {
+        Kind::Regular | Kind::Symlink => size = u64::try_from(stat.st_size).unwrap_or(0),
+        Kind::Character | Kind::Block => device = stat.st_rdev,
+        Kind::Directory | Kind::Fifo => {}
+    }
+    // A link's mode means nothing.
+    let mode = if kind == Kind::Symlink { 0o777 } else { stat.st_mode & 0o7777 };
+    let (uid, gid) = (stat.st_uid, stat.st_gid);
+    Ok(Look::File(Found { fd, meta: Meta { kind, mode, uid, gid, size, device } }))
+}
+
+/// Whether overlayfs hides what is below this directory.
+pub(super) fn is_opaque(folder: BorrowedFd<'_>) -> io::Result<bool> {
+    for prefix in OVERLAY {
+        let name = [prefix, b"opaque"].concat();
+        let mut value = [0; 2];
+        match rustix::fs::getxattr(by_descriptor(folder), &name[..], &mut value[..]) {
+            Ok(1) if value[0] == b'y' => return Ok(true),
+            Ok(_) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::RANGE) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(false)
+}
+
+impl Found {
+    /// Opens it for reading: the same file, whatever has its name now.
+    fn open(&self, flags: OFlags) -> io::Result<OwnedFd> {
+        let flags = flags | OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(by_descriptor(self.fd.as_fd()), flags, Mode::empty())?)
+    }
+
+    /// Opens a directory to walk it.
+    pub(super) fn folder(&self) -> io::Result<OwnedFd> {
+        self.open(OFlags::DIRECTORY)
+    }
+
+    /// In what it differs from the one below.
+    pub(super) fn differs<E: From<io::Error>>(
+        &self,
+        below: &Self,
+        looked: &mut dyn FnMut() -> Result<(), E>,
+    ) -> Result<Differs, E> {
+        let (now, before) = (&self.meta, &below.meta);
+        if now.kind != before.kind {
+            return Ok(Differs { kind: true, ..Differs::default() });
+        }
+        let content = match now.kind {
+            Kind::Regular => {
+                now.size != before.size || !self.has_same_bytes(below, now.size, looked)?
+            }
+            Kind::Symlink => self.target()? != below.target()?,
+            Kind::Character | Kind::Block => now.device != before.device,
+            Kind::Directory | Kind::Fifo => false,
+        };
+        Ok(Differs {
+            kind: false,
+            content,
+            mode: now.mode != before.mode,
+            owner: (now.uid, now.gid) != (before.uid, before.gid),
+            xattrs: self.xattrs()? != below.xattrs()?,
+        })
+    }
+
+    fn has_same_bytes<E: From<io::Error>>(
+        &self,
+        below: &Self,
+        size: u64,
+        looked: &mut dyn FnMut() -> Result<(), E>,
+    ) -> Result<bool, E> {
+        if size == 0 {
+            return Ok(true);
+        }
+        // No more of either is read than it had: one may grow for ever.
+        let open = |file: &Self| io::Result::Ok(File::from(file.open(OFlags::empty())?).take(size));
+        let (mut one, mut other) = (open(self)?, open(below)?);
+        let (mut a, mut b) = (vec![0; PIECE], vec![0; PIECE]);
+        loop {
+            let (len, len_below) = (fill(&mut one, &mut a)?, fill(&mut other, &mut b)?);
+            if a[..len] != b[..len_below] {
+                return Ok(false);
+            }
+            if len == 0 {
+                return Ok(true);
+            }
+            looked()?;
+        }
+    }
+
+    fn target(&self) -> io::Result<Vec<u8>> {
+        let target = rustix::fs::readlinkat(&self.fd, "", Vec::new())?;
+        Ok(target.into_bytes())
+    }
+
+    /// Its extended attributes but overlayfs' own.
+    fn xattrs(&self) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+        let path = by_descriptor(self.fd.as_fd());
+        let mut names = vec![0; XATTR_MAX];
+        let len = match rustix::fs::listxattr(&path, &mut names[..]) {
+            Ok(len) => len,
+            // The file system has none, or none for this kind of file.
+            Err(Errno::OPNOTSUPP | Errno::NODATA | Errno::PERM) => 0,
+            Err(error) => return Err(error.into()),
+        };
+        let mut found = BTreeMap::new();
+        let mut value = vec![0; XATTR_MAX];
+        let names = names[..len].split(|&byte| byte == 0).filter(|name| !name.is_empty());
+        for name in names.filter(|name| !OVERLAY.iter().any(|own| name.starts_with(own))) {
+            match rustix::fs::getxattr(&path, name, &mut value[..]) {
+                Ok(len) => found.insert(name.to_vec(), value[..len].to_vec()),
+                // Removed meanwhile.
+                Err(Errno::NODATA) => continue,
+                Err(error) => return Err(error.into()),
+            };
+        }
+        Ok(found)
+    }
+}
+
+/// Reads until the buffer is full or the file ends.
+fn fill(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut len = 0;
+    while len < buffer.len() {
+        match file.read(&mut buffer[len..]) {
+            Ok(0) => break,
+            Ok(read) => len += read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(len)
+}
+
+/// A name that leads to exactly this file: not even a link is followed.
+fn by_descriptor(fd: BorrowedFd<'_>) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+}

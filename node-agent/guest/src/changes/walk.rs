@@ -1,0 +1,530 @@
+//! The walk over both trees, in the order of the paths' raw bytes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+
+use rustix::fs::Dir;
+use towline_proto::limits::PATH_DEPTH_MAX;
+
+use super::compare::{Found, Look, is_opaque, look};
+use super::{Change, Differs, Kind, LeftOut, OwnPaths, Visitor, WalkError, What};
+
+/// Entries of one directory.
+const ENTRIES_MAX: usize = 4 << 20;
+
+/// Tells the visitor what differs in `upper`, an overlay's upper directory, from what is `below` it.
+pub(crate) fn walk(
+    upper: &OwnedFd,
+    below: &OwnedFd,
+    own: &OwnPaths,
+    visitor: &mut dyn Visitor,
+) -> Result<(), WalkError> {
+    let mut walk = Walk { own, visitor, path: Vec::new(), depth: 0 };
+    walk.folder(upper, Some(below), false)
+}
+
+struct Walk<'a> {
+    own: &'a OwnPaths,
+    visitor: &'a mut dyn Visitor,
+    /// Where it is, relative to the root.
+    path: Vec<u8>,
+    depth: usize,
+}
+
+/// What is to be done at a name of a directory.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    /// It is in the upper directory.
+    Entry,
+    /// It is below, and what is above hides it.
+    Hidden,
+    /// What is in it. Its key ends in a slash, so that it comes where its content belongs.
+    Within,
+}
+
+impl Walk<'_> {
+    /// One directory. `hides`: what is below it is not seen, because of a directory around it.
+    fn folder(
+        &mut self,
+        upper: &OwnedFd,
+        below: Option<&OwnedFd>,
+        hides: bool,
+    ) -> Result<(), WalkError> {
+        let names = self.names(upper)?;
+        let hides = hides || is_opaque(upper.as_fd()).map_err(|error| self.at(error))?;
+        let mut steps = BTreeMap::new();
+        if let Some(below) = below.filter(|_| hides) {
+            let hidden = self.names(below)?;
+            steps.extend(hidden.into_iter().map(|name| (name, Step::Hidden)));
+        }
+        steps.extend(names.into_iter().map(|name| (name, Step::Entry)));
+        while let Some((name, step)) = steps.pop_first() {
+            let len = self.path.len();
+            if len > 0 {
+                self.path.push(b'/');
+            }
+            self.path.extend_from_slice(name.strip_suffix(b"/").unwrap_or(&name));
+            match step {
+                Step::Entry if OwnPaths::is_volatile(&self.path) => {
+                    self.visitor.left_out(LeftOut::Volatile);
+                }
+                Step::Entry => {
+                    if self.entry(upper, below, &name)? {
+                        steps.insert([&name[..], b"/"].concat(), Step::Within);
+                    }
+                }
+                Step::Hidden if OwnPaths::is_volatile(&self.path) => {}
+                Step::Hidden => {
+                    let found = self.below(below, &name)?;
+                    self.removed(found.as_ref())?;
+                }
+                Step::Within => self.within(upper, below, &name[..name.len() - 1], hides)?,
+            }
+            self.path.truncate(len);
+        }
+        Ok(())
+    }
+
+    /// One file; returns whether it is a directory to look into.
+    fn entry(
+        &mut self,
+        upper: &OwnedFd,
+        below: Option<&OwnedFd>,
+        name: &[u8],
+    ) -> Result<bool, WalkError> {
+        self.visitor.looked(true)?;
+        let looked = look(upper, name).map_err(|error| self.at(error))?;
+        let before = self.below(below, name)?;
+        let found = match looked {
+            Look::File(found) => found,
+            // Renamed or removed meanwhile.
+            Look::Nothing => return Ok(false),
+            Look::Socket => {
+                self.visitor.left_out(LeftOut::Socket);
+                self.removed(before.as_ref())?;
+                return Ok(false);
+            }
+            Look::Whiteout => {
+                self.removed(before.as_ref())?;
+                return Ok(false);
+            }
+        };
+        let now = found.meta;
+        let what = match before {
+            None if self.is_own(&found)? => return Ok(false),
+            None => Some(What::Added(now)),
+            Some(before) => {
+                let path = &self.path;
+                let visitor = &mut *self.visitor;
+                let differs = found
+                    .differs(&before, &mut || visitor.looked(false).map_err(Stop::Walk))
+                    .map_err(|stop| stop.at(path))?;
+                let before = before.meta;
+                let changed = What::Changed { before, now, differs };
+                (differs != Differs::default()).then_some(changed)
+            }
+        };
+        if let Some(what) = what {
+            self.visitor.change(Change { path: self.path.clone(), what })?;
+        }
+        Ok(now.kind == Kind::Directory)
+    }
+
+    fn within(
+        &mut self,
+        upper: &OwnedFd,
+        below: Option<&OwnedFd>,
+        name: &[u8],
+        hides: bool,
+    ) -> Result<(), WalkError> {
+        if self.depth == PATH_DEPTH_MAX {
+            return Err(WalkError::TooDeep { path: self.path.clone(), max: PATH_DEPTH_MAX });
+        }
+        let Some(folder) = self.open(upper, name)? else { return Ok(()) };
+        let below = match below {
+            Some(below) => self.open(below, name)?,
+            None => None,
+        };
+        self.depth += 1;
+        self.folder(&folder, below.as_ref(), hides)?;
+        self.depth -= 1;
+        Ok(())
+    }
+
+    /// A directory of this name, opened to be read; `None` where there is none.
+    fn open(&self, parent: &OwnedFd, name: &[u8]) -> Result<Option<OwnedFd>, WalkError> {
+        match look(parent, name).map_err(|error| self.at(error))? {
+            Look::File(found) if found.meta.kind == Kind::Directory => {
+                found.folder().map(Some).map_err(|error| self.at(error))
+            }
+            Look::File(_) | Look::Socket | Look::Whiteout | Look::Nothing => Ok(None),
+        }
+    }
+
+    fn below(&self, below: Option<&OwnedFd>, name: &[u8]) -> Result<Option<Found>, WalkError> {
+        let Some(below) = below else { return Ok(None) };
+        match look(below, name).map_err(|error| self.at(error))? {
+            Look::File(found) => Ok(Some(found)),
+            Look::Socket | Look::Whiteout | Look::Nothing => Ok(None),
+        }
+    }
+
+    fn removed(&mut self, before: Option<&Found>) -> Result<(), WalkError> {
+        let Some(before) = before else { return Ok(()) };
+        let what = What::Removed(before.meta);
+        self.visitor.change(Change { path: self.path.clone(), what })
+    }
+
+    /// Whether the guest agent made this and nobody put anything there.
+    fn is_own(&self, found: &Found) -> Result<bool, WalkError> {
+        self.is_own_at(&self.path, found)
+    }
+
+    fn is_own_at(&self, path: &[u8], found: &Found) -> Result<bool, WalkError> {
+        if !self.own.could_have_made(path, &found.meta) {
+            return Ok(false);
+        }
+        if found.meta.kind != Kind::Directory {
+            return Ok(true);
+        }
+        let at = |source| WalkError::At { path: path.to_vec(), source };
+        let folder = found.folder().map_err(at)?;
+        for name in self.names(&folder)? {
+            let inside = [path, b"/", &name].concat();
+            if OwnPaths::is_volatile(&inside) {
+                continue;
+            }
+            let is_own = match look(&folder, &name).map_err(at)? {
+                // No path that the agent makes is deeper than what it was told.
+                Look::File(found) => self.is_own_at(&inside, &found)?,
+                Look::Socket | Look::Whiteout | Look::Nothing => true,
+            };
+            if !is_own {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn names(&self, folder: &OwnedFd) -> Result<BTreeSet<Vec<u8>>, WalkError> {
+        let mut names = BTreeSet::new();
+        for entry in Dir::read_from(folder).map_err(|error| self.at(error.into()))? {
+            let entry = entry.map_err(|error| self.at(error.into()))?;
+            let name = entry.file_name().to_bytes();
+            if name == b"." || name == b".." {
+                continue;
+            }
+            if names.len() == ENTRIES_MAX {
+                return Err(WalkError::TooMany { path: self.path.clone(), max: ENTRIES_MAX });
+            }
+            names.insert(name.to_vec());
+        }
+        Ok(names)
+    }
+
+    fn at(&self, source: io::Error) -> WalkError {
+        WalkError::At { path: self.path.clone(), source }
+    }
+}
+
+/// Why a comparison ended: itself, or the walk.
+enum Stop {
+    Io(io::Error),
+    Walk(WalkError),
+}
+
+impl From<io::Error> for Stop {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl Stop {
+    fn at(self, path: &[u8]) -> WalkError {
+        match self {
+            Self::Io(source) => WalkError::At { path: path.to_vec(), source },
+            Self::Walk(error) => error,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::os::unix::net::UnixListener;
+    use std::path::Path;
+
+    use proptest::prelude::*;
+    use rustix::fs::{CWD, XattrFlags};
+    use rustix::fs::{FileType, Mode};
+
+    use super::*;
+
+    /// What was told: a letter, what differs, the path.
+    #[derive(Debug, Default)]
+    struct Told {
+        changes: Vec<String>,
+        left_out: Vec<LeftOut>,
+        looked: u64,
+    }
+
+    impl Visitor for Told {
+        fn change(&mut self, Change { path, what }: Change) -> Result<(), WalkError> {
+            let path = String::from_utf8_lossy(&path);
+            self.changes.push(match what {
+                What::Added(_) => format!("A {path}"),
+                What::Removed(_) => format!("D {path}"),
+                What::Changed { differs, .. } => {
+                    let Differs { kind, content, mode, owner, xattrs } = differs;
+                    let names = [
+                        (kind, "kind"),
+                        (content, "content"),
+                        (mode, "mode"),
+                        (owner, "owner"),
+                        (xattrs, "xattrs"),
+                    ];
+                    let names: Vec<_> = names.iter().filter(|(is, _)| *is).map(|n| n.1).collect();
+                    format!("C {path} {}", names.join(","))
+                }
+            });
+            Ok(())
+        }
+
+        fn looked(&mut self, new: bool) -> Result<(), WalkError> {
+            self.looked += u64::from(new);
+            Ok(())
+        }
+
+        fn left_out(&mut self, why: LeftOut) {
+            self.left_out.push(why);
+        }
+    }
+
+    fn told(upper: &Path, below: &Path) -> Told {
+        let open = |path: &Path| OwnedFd::from(fs::File::open(path).unwrap());
+        let own = OwnPaths::new([&b"/home/ann/work"[..]]);
+        let mut told = Told::default();
+        walk(&open(upper), &open(below), &own, &mut told).unwrap();
+        told
+    }
+
+    fn whiteout(path: &Path) {
+        let mode = Mode::from_raw_mode(0o600);
+        rustix::fs::mknodat(CWD, path, FileType::CharacterDevice, mode, 0).unwrap();
+    }
+
+    /// Whether this file system lets it be done.
+    fn make_opaque(path: &Path) -> bool {
+        let flags = XattrFlags::empty();
+        rustix::fs::setxattr(path, "user.overlay.opaque", b"y", flags).is_ok()
+    }
+
+    #[test]
+    fn every_kind_of_change_is_told_once_in_the_order_of_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (upper, below) = (dir.path().join("upper"), dir.path().join("below"));
+        for path in ["a", "gone/deep", "replaced", "home", "tmp", "etc"] {
+            fs::create_dir_all(below.join(path)).unwrap();
+        }
+        for (path, content) in
+            [("same", "1"), ("touched", "1"), ("a/x", "old"), ("file", "f"), ("moded", "m")]
+        {
+            fs::write(below.join(path), content).unwrap();
+        }
+        fs::write(below.join("replaced/in"), "x").unwrap();
+        symlink("there", below.join("link")).unwrap();
+
+        for path in ["a/x.d", "a/deep", "file/in", "home/ann/work", "tmp/any", "etc", "proc"] {
+            fs::create_dir_all(upper.join(path)).unwrap();
+        }
+        for (path, content) in
+            [("touched", "1"), ("a/x", "new"), ("a/x.d/n", ""), ("moded", "m"), ("replaced", "now")]
+        {
+            fs::write(upper.join(path), content).unwrap();
+        }
+        fs::write(upper.join("etc/hostname"), "box").unwrap();
+        fs::set_permissions(upper.join("moded"), fs::Permissions::from_mode(0o4755)).unwrap();
+        symlink("elsewhere", upper.join("link")).unwrap();
+        whiteout(&upper.join("gone"));
+        whiteout(&upper.join("never-was"));
+        rustix::fs::mknodat(
+            CWD,
+            upper.join("a/pipe"),
+            FileType::Fifo,
+            Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        let _socket = UnixListener::bind(upper.join("a/socket")).unwrap();
+
+        let told = told(&upper, &below);
+        assert_eq!(
+            told.changes,
+            [
+                "A a/deep",
+                "A a/pipe",
+                "C a/x content",
+                "A a/x.d",
+                "A a/x.d/n",
+                "C file kind",
+                "A file/in",
+                "D gone",
+                "C link content",
+                "C moded mode",
+                "C replaced kind",
+            ]
+        );
+        use LeftOut::{Socket, Volatile};
+        assert_eq!(told.left_out, [Socket, Volatile, Volatile, Volatile]);
+        assert!(told.looked > 15);
+    }
+
+    #[test]
+    fn attributes_count_but_not_those_of_overlayfs() {
+        let dir = tempfile::tempdir().unwrap();
+        let (upper, below) = (dir.path().join("upper"), dir.path().join("below"));
+        for tree in [&upper, &below] {
+            fs::create_dir(tree).unwrap();
+            fs::write(tree.join("a"), "").unwrap();
+            fs::write(tree.join("b"), "").unwrap();
+        }
+        let set = |name: &str, path: &Path| {
+            rustix::fs::setxattr(path, name, b"v", XattrFlags::empty()).is_ok()
+        };
+        if !set("user.x", &upper.join("a")) {
+            writeln_skipped("this file system has no attributes");
+            return;
+        }
+        assert!(set("user.overlay.impure", &upper.join("b")));
+        assert_eq!(told(&upper, &below).changes, ["C a xattrs"]);
+        assert!(set("user.x", &below.join("a")));
+        assert_eq!(told(&upper, &below).changes, [""; 0]);
+    }
+
+    #[expect(clippy::print_stderr, reason = "a skipped test says why")]
+    fn writeln_skipped(why: &str) {
+        eprintln!("SKIPPED: {why}");
+    }
+
+    #[test]
+    fn a_tree_that_is_too_deep_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let (upper, below) = (dir.path().join("upper"), dir.path().join("below"));
+        fs::create_dir(&below).unwrap();
+        fs::create_dir_all(upper.join("d/".repeat(PATH_DEPTH_MAX + 2))).unwrap();
+        let open = |path: &Path| OwnedFd::from(fs::File::open(path).unwrap());
+        let mut told = Told::default();
+        let ended = walk(&open(&upper), &open(&below), &OwnPaths::default(), &mut told);
+        assert!(matches!(ended, Err(WalkError::TooDeep { .. })), "{ended:?}");
+    }
+
+    /// A tree as a list: content, or a directory.
+    type Tree = BTreeMap<String, Option<u8>>;
+
+    /// Paths of at most three names, of letters around the slash in the order of bytes.
+    fn tree() -> impl Strategy<Value = Tree> {
+        let name = prop_oneof!["a", "a-", "a0", "b"];
+        let path = proptest::collection::vec(name, 1..4);
+        let entries = proptest::collection::vec((path, proptest::option::of(0..3u8)), 0..12);
+        entries.prop_map(|entries| {
+            let mut tree = Tree::new();
+            for (names, content) in entries {
+                let is_free =
+                    |end: usize| tree.get(&names[..end].join("/")).is_none_or(Option::is_none);
+                if !(1..names.len()).all(is_free) || tree.contains_key(&names.join("/")) {
+                    continue;
+                }
+                for end in 1..names.len() {
+                    tree.insert(names[..end].join("/"), None);
+                }
+                tree.insert(names.join("/"), content);
+            }
+            tree
+        })
+    }
+
+    fn parent(path: &str) -> &str {
+        path.rsplit_once('/').map_or("", |(parent, _)| parent)
+    }
+
+    /// Writes `now` over `before` as overlayfs would; `copied` of what is equal is there too, and
+    /// directories hide what is below them by attribute where `opaque`.
+    fn make_upper(upper: &Path, before: &Tree, now: &Tree, copied: u8, opaque: bool) {
+        for (number, (path, node)) in now.iter().enumerate() {
+            let is_dir = node.is_none();
+            let was_dir = before.get(path) == Some(&None);
+            let equal = before.get(path) == Some(node);
+            if equal && !is_dir && number % 3 != usize::from(copied) {
+                continue;
+            }
+            let place = upper.join(path);
+            fs::create_dir_all(place.parent().unwrap()).unwrap();
+            match node {
+                Some(content) => fs::write(place, [*content]).unwrap(),
+                None => {
+                    fs::create_dir_all(&place).unwrap();
+                    if opaque && was_dir {
+                        // All that stays is here, copied or not.
+                        assert!(make_opaque(&place));
+                        for (inside, node) in now.iter().filter(|(p, _)| parent(p) == path) {
+                            match node {
+                                Some(content) => fs::write(upper.join(inside), [*content]).unwrap(),
+                                None => fs::create_dir_all(upper.join(inside)).unwrap(),
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        for path in before.keys().filter(|path| !now.contains_key(*path)) {
+            let above = parent(path);
+            let stays = above.is_empty() || now.get(above) == Some(&None);
+            if stays && (!opaque || above.is_empty()) {
+                fs::create_dir_all(upper.join(above)).unwrap();
+                whiteout(&upper.join(path));
+            }
+        }
+    }
+
+    fn expected(before: &Tree, now: &Tree) -> Vec<String> {
+        let all: BTreeSet<&String> = before.keys().chain(now.keys()).collect();
+        let change = |path: &String| match (before.get(path), now.get(path)) {
+            (None, _) => Some(format!("A {path}")),
+            (Some(_), None) => {
+                let above = parent(path);
+                let told = above.is_empty() || now.get(above) == Some(&None);
+                told.then(|| format!("D {path}"))
+            }
+            (Some(was), Some(is)) if was.is_some() != is.is_some() => {
+                Some(format!("C {path} kind"))
+            }
+            (Some(was), Some(is)) => (was != is).then(|| format!("C {path} content")),
+        };
+        all.into_iter().filter_map(change).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn the_same_state_gives_the_same_changes_however_it_was_written(
+            before in tree(), now in tree(), copied in 0..3u8, opaque: bool,
+        ) {
+            let dir = tempfile::tempdir().unwrap();
+            let opaque = opaque && make_opaque(dir.path());
+            let (upper, below) = (dir.path().join("upper"), dir.path().join("below"));
+            for tree in [&upper, &below] {
+                fs::create_dir(tree).unwrap();
+            }
+            for (path, node) in &before {
+                match node {
+                    Some(content) => fs::write(below.join(path), [*content]).unwrap(),
+                    None => fs::create_dir(below.join(path)).unwrap(),
+                }
+            }
+            make_upper(&upper, &before, &now, copied, opaque);
+            prop_assert_eq!(told(&upper, &below).changes, expected(&before, &now));
+        }
+    }
+}
