@@ -115,6 +115,31 @@ fn what_a_sandbox_changed_is_told_whichever_its_isolation() {
     assert_eq!(same, text);
 }
 
+/// A folder, a home and names are made in every sandbox: they are none of its changes. What lies in
+/// the local image is compared by way of the laptop.
+#[test]
+fn a_sandbox_of_this_machine_changes_nothing_by_itself() {
+    let cluster = match Cluster::up() {
+        Ok(cluster) => cluster,
+        Err(why) => skipped!("{why}"),
+    };
+    let folder = cluster.folder("untouched");
+    fs::write(folder.join("file"), "of the project").unwrap();
+    let run = |script: &str| {
+        let run = ["run", "--name", "here", "--", "sh", "-c", script];
+        cluster.tow_in(&folder, run).finish(BOOT).ok();
+        cluster.json(["diff", "--json", "here"]).iter().map(shown).collect::<Vec<_>>()
+    };
+    assert_eq!(run("cat file > copy"), [""; 0]);
+    let program = "cp /usr/bin/env /var/tmp/env && cp /var/tmp/env \"$HOME/env\"";
+    let told = run(program);
+    let home = std::env::var("HOME").unwrap_or_default();
+    let has = |path: &str| told.iter().any(|line| line.contains(path));
+    assert!(has("added file /var/tmp/env "), "{told:?}");
+    assert!(home.is_empty() || has("/env "), "{told:?}");
+    assert!(!has("untouched"), "the project folder is no part of the image: {told:?}");
+}
+
 fn shown(object: &Value) -> String {
     if object["schema"] == "towline.package-change/1" {
         let parts = ["package", "version_before", "version"];
