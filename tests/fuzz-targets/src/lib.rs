@@ -29,6 +29,8 @@ pub fn frames(bytes: &[u8]) {
         drop(frame.decode::<v1::ExecStarted>());
         drop(frame.decode::<v1::ExecExit>());
         drop(frame.decode::<v1::ExecList>());
+        drop(frame.decode::<v1::DiffPart>());
+        drop(frame.decode::<v1::DiffDone>());
         drop(frame.decode::<v1::SignedTicket>());
     }
 }

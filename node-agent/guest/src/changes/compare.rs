@@ -16,7 +16,7 @@ const XATTR_MAX: usize = 64 << 10;
 /// What overlayfs keeps for itself; `user.` where it may not write `trusted.`.
 const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 /// Read of both files before `looked` is called.
-const PIECE: usize = 256 << 10;
+const PIECE: u64 = 256 << 10;
 
 /// A file that was opened as itself, whatever it is.
 #[derive(Debug)]
@@ -131,10 +131,11 @@ impl Found {
         // No more of either is read than it had: one may grow for ever.
         let open = |file: &Self| io::Result::Ok(File::from(file.open(OFlags::empty())?).take(size));
         let (mut one, mut other) = (open(self)?, open(below)?);
-        let (mut a, mut b) = (vec![0; PIECE], vec![0; PIECE]);
+        let (mut now, mut before) = (Vec::new(), Vec::new());
         loop {
-            let (len, len_below) = (fill(&mut one, &mut a)?, fill(&mut other, &mut b)?);
-            if a[..len] != b[..len_below] {
+            let len = piece(&mut one, &mut now)?;
+            piece(&mut other, &mut before)?;
+            if now != before {
                 return Ok(false);
             }
             if len == 0 {
@@ -174,18 +175,10 @@ impl Found {
     }
 }
 
-/// Reads until the buffer is full or the file ends.
-fn fill(file: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
-    let mut len = 0;
-    while len < buffer.len() {
-        match file.read(&mut buffer[len..]) {
-            Ok(0) => break,
-            Ok(read) => len += read,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(len)
+/// Reads so much of a file, or to its end.
+fn piece(file: &mut impl Read, into: &mut Vec<u8>) -> io::Result<usize> {
+    into.clear();
+    file.take(PIECE).read_to_end(into)
 }
 
 /// A name that leads to exactly this file: not even a link is followed.
