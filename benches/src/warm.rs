@@ -13,7 +13,7 @@ use crate::stats::{median, ms, ratio};
 use crate::{Goals, Row, cold};
 
 /// The template is made in the background after the first start.
-const TEMPLATE_MAX: Duration = Duration::from_secs(600);
+const TEMPLATE_MAX: Duration = Duration::from_secs(1200);
 /// Image, and what a start means with it for the reader of the table, from a template and where a guest
 /// waits.
 const IMAGES: [(&str, &str, &str); 2] = [
@@ -46,16 +46,16 @@ pub(crate) fn measure(
         cold::import(cluster)
     };
     bring_up(&restoring)?;
-    wait_for_template(&restoring)?;
+    wait_for_template(&restoring, goals.shape)?;
     // The template is in the cache that they share.
     bring_up(&waiting)?;
     let mut rows = Vec::new();
     for (image, warm_text, ready_text) in IMAGES {
         let (mut warm, mut ready, mut cold) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..runs {
-            cold.push(once(booting, image, "cold")?);
-            warm.push(once(&restoring, image, "warm")?);
-            ready.push(once_ready(&waiting, image)?);
+            cold.push(once(booting, image, goals.shape, "cold")?);
+            warm.push(once(&restoring, image, goals.shape, "warm")?);
+            ready.push(once_ready(&waiting, image, goals.shape)?);
         }
         let cold = median(&cold);
         for (what, took, (goal_share, goal, goal_text)) in
@@ -75,11 +75,11 @@ pub(crate) fn measure(
 }
 
 /// Measures a start for which a guest has waited.
-fn once_ready(cluster: &Cluster, image: &str) -> anyhow::Result<Duration> {
+fn once_ready(cluster: &Cluster, image: &str, shape: &[&str]) -> anyhow::Result<Duration> {
     let until = Instant::now() + TEMPLATE_MAX;
     loop {
         std::thread::sleep(LOOK);
-        let (took, started) = start(cluster, image)?;
+        let (took, started) = start(cluster, image, shape)?;
         if started == "ready" {
             return Ok(took);
         }
@@ -87,10 +87,10 @@ fn once_ready(cluster: &Cluster, image: &str) -> anyhow::Result<Duration> {
     }
 }
 
-fn wait_for_template(cluster: &Cluster) -> anyhow::Result<()> {
+fn wait_for_template(cluster: &Cluster, shape: &[&str]) -> anyhow::Result<()> {
     let until = Instant::now() + TEMPLATE_MAX;
     loop {
-        let (took, how) = start(cluster, IMAGES[0].0)?;
+        let (took, how) = start(cluster, IMAGES[0].0, shape)?;
         if how == "warm" {
             return Ok(());
         }
@@ -100,18 +100,19 @@ fn wait_for_template(cluster: &Cluster) -> anyhow::Result<()> {
     }
 }
 
-fn once(cluster: &Cluster, image: &str, how: &str) -> anyhow::Result<Duration> {
-    let (took, started) = start(cluster, image)?;
+fn once(cluster: &Cluster, image: &str, shape: &[&str], how: &str) -> anyhow::Result<Duration> {
+    let (took, started) = start(cluster, image, shape)?;
     anyhow::ensure!(started == how, "a sandbox started {started} where {how} was to be measured");
     Ok(took)
 }
 
 /// Runs the command in a new sandbox; how long, and how the node started it.
-fn start(cluster: &Cluster, image: &str) -> anyhow::Result<(Duration, String)> {
+fn start(cluster: &Cluster, image: &str, shape: &[&str]) -> anyhow::Result<(Duration, String)> {
     const NAME: &str = "bench-warm";
     let folder = cluster.root().join("work");
-    let run = ["run", "--no-sync", "--name", NAME, "--image", image, "--", "true"];
+    let run = ["run", "--no-sync", "--name", NAME, "--image", image];
     let mut command = cluster.tow_command(&folder, run);
+    command.args(shape).args(["--", "true"]);
     let start = Instant::now();
     let output = command.output().context("starting `tow`")?;
     let took = start.elapsed();

@@ -26,7 +26,9 @@ fn claim(cluster: &Cluster, prefix: &str) -> String {
     for number in 0.. {
         let name = format!("{prefix}{number}");
         let create = ["create", "--no-sync", "--name", &name, "--image", "local"];
-        cluster.tow(create.into_iter().chain(["--memory", "384MiB"])).finish(BOOT).ok();
+        // Two of them, and a copy, on a small machine.
+        let shape = ["--memory", "384MiB", "--disk", "2GiB"];
+        cluster.tow(create.into_iter().chain(shape)).finish(BOOT).ok();
         if cluster.inspect(&name)["start"] == "ready" {
             return name;
         }
