@@ -108,7 +108,7 @@ fn refusal(port: u16, error: &io::Error) -> Refusal {
         io::ErrorKind::TimedOut => (
             StreamErrorCode::TimedOut,
             format!(
-                "the server on port {port} in the sandbox took no connection for {} seconds",
+                "the server on port {port} in the sandbox did not take the connection within {} s",
                 CONNECT_MAX.as_secs()
             ),
         ),

@@ -422,8 +422,8 @@ fn bind(source: &Path, target: &OwnedFd) -> io::Result<()> {
     })
 }
 
-/// A name of an open file that leads to exactly it.
-fn own_path(fd: BorrowedFd<'_>) -> PathBuf {
+/// A name of an open file that leads to exactly it: not even a link is followed.
+pub(crate) fn own_path(fd: BorrowedFd<'_>) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::{Differs, Kind, Meta};
+use crate::root::own_path;
 
 /// The kernel bounds an attribute's value, and the list of names, to this.
 const XATTR_MAX: usize = 64 << 10;
@@ -71,7 +71,7 @@ pub(super) fn is_opaque(folder: BorrowedFd<'_>) -> io::Result<bool> {
     for prefix in OVERLAY {
         let name = [prefix, b"opaque"].concat();
         let mut value = [0; 2];
-        match rustix::fs::getxattr(by_descriptor(folder), &name[..], &mut value[..]) {
+        match rustix::fs::getxattr(own_path(folder), &name[..], &mut value[..]) {
             Ok(1) if value[0] == b'y' => return Ok(true),
             Ok(_) | Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM | Errno::RANGE) => {}
             Err(error) => return Err(error.into()),
@@ -84,7 +84,7 @@ impl Found {
     /// Opens it for reading: the same file, whatever has its name now.
     fn open(&self, flags: OFlags) -> io::Result<OwnedFd> {
         let flags = flags | OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        Ok(rustix::fs::open(by_descriptor(self.fd.as_fd()), flags, Mode::empty())?)
+        Ok(rustix::fs::open(own_path(self.fd.as_fd()), flags, Mode::empty())?)
     }
 
     /// Opens a directory to walk it.
@@ -152,7 +152,7 @@ impl Found {
 
     /// Its extended attributes but overlayfs' own.
     fn xattrs(&self) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
-        let path = by_descriptor(self.fd.as_fd());
+        let path = own_path(self.fd.as_fd());
         let mut names = vec![0; XATTR_MAX];
         let len = match rustix::fs::listxattr(&path, &mut names[..]) {
             Ok(len) => len,
@@ -179,9 +179,4 @@ impl Found {
 fn piece(file: &mut impl Read, into: &mut Vec<u8>) -> io::Result<usize> {
     into.clear();
     file.take(PIECE).read_to_end(into)
-}
-
-/// A name that leads to exactly this file: not even a link is followed.
-fn by_descriptor(fd: BorrowedFd<'_>) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
