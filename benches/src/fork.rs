@@ -12,8 +12,8 @@ use crate::stats::{median, ms, ratio};
 use crate::{Goals, Row, idle};
 
 const COPIES: usize = 4;
-/// CPUs and memory of each: four and the original fit into a small machine.
-const SHAPE: [&str; 4] = ["--cpus", "1", "--memory", "512MiB"];
+/// Of each: four and the original fit into a small machine.
+const SHAPE: [&str; 6] = ["--cpus", "1", "--memory", "512MiB", "--disk", "2GiB"];
 /// Of the VMMs' command lines.
 const VMMS: [&str; 2] = ["qemu-system", "cloud-hypervisor --api-socket"];
 

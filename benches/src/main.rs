@@ -148,10 +148,17 @@ fn of_vmm(
     goals: &Goals,
 ) -> anyhow::Result<[Vec<Row>; 3]> {
     Ok([
-        cold::measure(cluster, args.cold_runs, goals)?,
-        warm::measure(cluster, bin_dir, args.warm_runs, goals)?,
-        fork::measure(cluster, args.fork_runs, goals)?,
+        told(cold::measure(cluster, args.cold_runs, goals)?),
+        told(warm::measure(cluster, bin_dir, args.warm_runs, goals)?),
+        told(fork::measure(cluster, args.fork_runs, goals)?),
     ])
+}
+
+/// Says what was measured so far: what comes next may take long, or fail.
+#[expect(clippy::print_stderr, reason = "progress")]
+fn told(rows: Vec<Row>) -> Vec<Row> {
+    rows.iter().for_each(|row| eprintln!("{}: {}", row.what, row.measured));
+    rows
 }
 
 fn table(rows: &[Row], vmm: &str) -> String {

@@ -10,8 +10,9 @@ use towline_end_to_end::cluster::{BOOT, SHORT};
 use towline_end_to_end::run::wait_for;
 use towline_end_to_end::{Cluster, Finished, skipped};
 
-/// A template is made at the lowest priority, then a guest from it, on a machine where other tests run.
-const READY_MAX: Duration = Duration::from_secs(300);
+/// A template is made at the lowest priority, after that of the usual shape, then a guest from it; and
+/// nested, the writing of each takes minutes.
+const READY_MAX: Duration = Duration::from_secs(900);
 /// What no two sandboxes may share.
 const DRAWS: &str = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id \
                      /etc/machine-id /etc/hostname; head -c 1048576 /dev/urandom | sha256sum";
