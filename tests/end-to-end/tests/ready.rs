@@ -13,6 +13,8 @@ use towline_end_to_end::{Cluster, Finished, skipped};
 /// A template is made at the lowest priority, after that of the usual shape, then a guest from it; and
 /// nested, the writing of each takes minutes.
 const READY_MAX: Duration = Duration::from_secs(900);
+/// Nested, this machine's own system takes minutes to look at.
+const CREATE_MAX: Duration = Duration::from_secs(600);
 /// What no two sandboxes may share.
 const DRAWS: &str = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id \
                      /etc/machine-id /etc/hostname; head -c 1048576 /dev/urandom | sha256sum";
@@ -29,7 +31,7 @@ fn claim(cluster: &Cluster, prefix: &str) -> String {
         let create = ["create", "--no-sync", "--name", &name, "--image", "local"];
         // Two of them, and a copy, on a small machine.
         let shape = ["--memory", "384MiB", "--disk", "2GiB"];
-        cluster.tow(create.into_iter().chain(shape)).finish(BOOT).ok();
+        cluster.tow(create.into_iter().chain(shape)).finish(CREATE_MAX).ok();
         if cluster.inspect(&name)["start"] == "ready" {
             return name;
         }
