@@ -3,8 +3,9 @@
 //!
 //! In reading order: [`Store`] is the content-addressed folder that everything is kept in,
 //! [`import()`] takes an OCI image layout in, [`registry`] pulls an image, [`prepare()`] makes its
-//! layers into squashfs disks, [`collect()`] removes what no image needs, and [`local`] builds and
-//! serves the image of the machine itself. All but [`registry`] is synchronous: async callers run it
+//! layers into squashfs disks, [`collect()`] removes what no image needs, [`secrets`] finds what must
+//! not go into an image that is saved, and [`local`] builds and serves the image of the machine
+//! itself. All but [`registry`] is synchronous: async callers run it
 //! on blocking threads. What strangers wrote (archives, documents, a registry's answers, a guest's
 //! requests) is bounded and checked here, and nothing of it is ever unpacked onto the host.
 
@@ -20,6 +21,7 @@ pub mod limits;
 pub mod local;
 mod prepare;
 pub mod registry;
+pub mod secrets;
 mod store;
 mod tar;
 
