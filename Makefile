@@ -7,7 +7,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 GUEST_TRIPLE := x86_64-unknown-linux-gnu
 BINARIES := -p towline-client -p towline-control-plane -p towline-node-agent -p towline-node-helper
 
-.PHONY: help setup build release guest kernel demo test test-nested lint docs unit soak sim fuzz bench bench-nested clean
+.PHONY: help setup build release guest kernel demo test test-nested lint docs unit soak sim fuzz bench bench-nested bench-save clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +53,11 @@ test: ## Install what tests need, lint, build and run every test
 test-nested: build kernel ## Test with a real Cloud Hypervisor (TOWLINE_CLOUD_HYPERVISOR), nested
 	@tests/setup/packages.sh test
 	@tests/nested/run.sh $(TARGET)/debug
+
+bench-save: release ## Measure tow save beside tar, zstd and umoci
+	@tests/setup/packages.sh bench
+	$(TARGET)/release/towline-node-agent prepare
+	cargo run --release -p towline-benches -- --bin-dir $(TARGET)/release --save
 
 bench-nested: release ## Measure with a real Cloud Hypervisor, nested
 	@tests/setup/packages.sh bench

@@ -13,6 +13,7 @@ mod machine;
 mod many;
 mod peer;
 mod pull;
+mod save;
 mod stats;
 mod throughput;
 mod warm;
@@ -45,6 +46,12 @@ struct Args {
     /// Pulls of a fresh image
     #[arg(long, default_value_t = 5)]
     pull_runs: usize,
+    /// Saves and their peers, alternating
+    #[arg(long, default_value_t = 5)]
+    save_runs: usize,
+    /// Only what `tow save` takes; the table is not written
+    #[arg(long)]
+    save: bool,
     /// Transfers through the node and direct ones, alternating
     #[arg(long, default_value_t = 7)]
     egress_runs: usize,
@@ -80,9 +87,15 @@ fn main() -> anyhow::Result<()> {
         return Ok(());
     }
     let root = rustix::process::geteuid().is_root();
-    let (egress, many) = if root {
+    if args.save {
+        let rows = save::measure(&bin_dir, args.save_runs)?;
+        println!("{}", table(&rows, "none"));
+        return Ok(());
+    }
+    let (egress, many, saves) = if root {
         let egress = egress::measure(&bin_dir, args.egress_runs)?;
-        (egress, many::measure(&bin_dir, args.idle_sandboxes)?)
+        let many = many::measure(&bin_dir, args.idle_sandboxes)?;
+        (egress, many, save::measure(&bin_dir, args.save_runs)?)
     } else {
         eprintln!("SKIPPED: the `process` driver's figures need root");
         Default::default()
@@ -100,6 +113,7 @@ fn main() -> anyhow::Result<()> {
         pulls,
         egress,
         many,
+        saves,
     ]
     .concat();
     let table = table(&rows, "QEMU with emulation (TCG)");

@@ -67,21 +67,13 @@ fn size(path: &Path) -> u64 {
 /// Layers of files that compress to about half, no two runs alike.
 fn make(folder: &Path, run: usize) -> anyhow::Result<()> {
     let busybox = std::fs::read("/bin/busybox").context("busybox-static is needed")?;
-    let mut noise = 0x9e37_79b9_7f4a_7c15_u64 ^ ((run as u64) << 32);
+    let mut noise = Noise::new(run);
     let mut layers = vec![layer(&[
         File { path: "bin/true", mode: 0o755, content: &busybox },
         File { path: "bin/sh", mode: 0o755, content: &busybox },
     ])];
     for number in 0..LAYERS {
-        let mut content = Vec::with_capacity(LAYER_BYTES);
-        while content.len() < LAYER_BYTES {
-            // xorshift
-            noise ^= noise << 13;
-            noise ^= noise >> 7;
-            noise ^= noise << 17;
-            content.extend_from_slice(&noise.to_le_bytes());
-            content.extend_from_slice(b"the same");
-        }
+        let content = noise.bytes(LAYER_BYTES);
         let paths: Vec<_> =
             (0..LAYER_BYTES / FILE_BYTES).map(|file| format!("data/{number}/{file}")).collect();
         let files: Vec<_> = paths
@@ -93,6 +85,27 @@ fn make(folder: &Path, run: usize) -> anyhow::Result<()> {
     }
     layout(folder, &layers, &json!({"Env": ["PATH=/bin"]}));
     Ok(())
+}
+
+/// Bytes that compress to about half, by xorshift.
+pub(crate) struct Noise(u64);
+
+impl Noise {
+    pub(crate) fn new(seed: usize) -> Self {
+        Self(0x9e37_79b9_7f4a_7c15_u64 ^ ((seed as u64) << 32))
+    }
+
+    pub(crate) fn bytes(&mut self, len: usize) -> Vec<u8> {
+        let mut content = Vec::with_capacity(len);
+        while content.len() < len {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            content.extend_from_slice(&self.0.to_le_bytes());
+            content.extend_from_slice(b"the same");
+        }
+        content
+    }
 }
 
 /// `skopeo copy` to a folder, then each layer through mksquashfs with the options that we use.
@@ -122,7 +135,7 @@ fn peer(root: &Path, reference: &str) -> anyhow::Result<Duration> {
     Ok(start.elapsed())
 }
 
-fn run(command: &mut Command) -> anyhow::Result<()> {
+pub(crate) fn run(command: &mut Command) -> anyhow::Result<()> {
     let status = command.stdout(Stdio::null()).status();
     let status = status.with_context(|| format!("{command:?}"))?;
     anyhow::ensure!(status.success(), "{command:?}: {status}");

@@ -57,6 +57,8 @@ pub enum Verb {
     Cp(commands::cp::CpArgs),
     /// Show what a sandbox changed against its image
     Diff(commands::diff::DiffArgs),
+    /// Save a running sandbox as an image
+    Save(Box<commands::save::SaveArgs>),
     /// Show and publish a sandbox's ports
     Ports(commands::ports::PortsArgs),
     /// Say what a sandbox is doing, what keeps it, and what its network policy blocked
@@ -113,6 +115,7 @@ impl Verb {
             Self::Ls(args) => args.json,
             Self::Inspect(args) => args.json,
             Self::Diff(args) => args.json,
+            Self::Save(args) => args.json,
             Self::Ports(args) => args.json,
             Self::Logs(args) => args.json,
             Self::Why(args) => args.json,
@@ -143,7 +146,6 @@ const LATER_VERBS: &[&str] = &[
     "sync",
     "checkpoint",
     "restore",
-    "save",
     "pool",
     "quota",
     "member",
@@ -202,7 +204,7 @@ mod tests {
             &["run", "--reverse", "80", "--", "true"],
             &["run", "--gpus", "1", "--", "true"],
             &["run", "--gpus=1", "--", "true"],
-            &["save", "a", "b"],
+            &["checkpoint", "a"],
             &["ls", "--watch"],
         ];
         for case in cases {

@@ -22,6 +22,7 @@ pub mod prune;
 pub mod resize;
 pub mod rm;
 pub mod run;
+pub mod save;
 pub mod shell;
 pub mod start;
 pub mod status;
@@ -59,6 +60,7 @@ pub async fn run(cli: Cli, env: Env) -> Outcome {
         Verb::Inspect(args) => inspect::run(args, &env).await,
         Verb::Logs(args) => Box::pin(logs::run(args, &env)).await,
         Verb::Diff(args) => Box::pin(diff::run(args, &env)).await,
+        Verb::Save(args) => Box::pin(save::run(*args, &env)).await,
         Verb::Cp(args) => Box::pin(cp::run(args, &env)).await,
         Verb::Ports(args) => Box::pin(ports::run(args, &env)).await,
         Verb::Why(args) => Box::pin(why::run(args, &env)).await,

@@ -38,6 +38,8 @@ pub const TOWLINE_GUEST_AGENT: &str = "TOWLINE_GUEST_AGENT";
 pub const DOCKER_CONFIG: &str = "DOCKER_CONFIG";
 /// podman's file of registry logins, instead of `containers/auth.json` in the runtime folder.
 pub const REGISTRY_AUTH_FILE: &str = "REGISTRY_AUTH_FILE";
+/// Seconds since 1970 that later times become in a saved image (reproducible-builds.org).
+pub const SOURCE_DATE_EPOCH: &str = "SOURCE_DATE_EPOCH";
 /// Hides colour when set and not empty (no-color.org).
 pub const NO_COLOR: &str = "NO_COLOR";
 

@@ -48,6 +48,18 @@ pub fn phase(sandbox: &v1::Sandbox) -> Phase {
     sandbox.observed.as_ref().map_or(Phase::Placed, v1::Observed::phase)
 }
 
+/// Fails unless it runs; `what` would be done with it.
+pub fn must_run(sandbox: &v1::Sandbox, what: &str) -> Result<(), Failure> {
+    let name = name(sandbox);
+    let hint = match phase(sandbox) {
+        Phase::Running => return Ok(()),
+        Phase::Paused => format!("`tow resume {name}`"),
+        _ => format!("`tow start {name}`"),
+    };
+    let text = format!("sandbox {name} does not run: running sandboxes are {what} only");
+    Err(Failure::new(text).hint(hint))
+}
+
 /// Finds a sandbox by id or name.
 pub async fn find(cluster: &Cluster, text: &str) -> anyhow::Result<v1::Sandbox> {
     let request = which(text);

@@ -6,11 +6,14 @@
 pub mod copy;
 pub mod diff;
 pub mod exec;
+pub mod export;
 pub mod feed;
 pub mod files;
 pub mod guest;
 pub mod import;
 pub mod pull;
+pub mod push;
+pub mod save;
 pub mod tcp;
 pub mod terminal;
 pub mod tty;

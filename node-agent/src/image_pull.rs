@@ -80,7 +80,10 @@ impl Pulls {
 }
 
 /// Sends each news; ends when no more can come, or the laptop takes none.
-async fn report(told: &mut watch::Receiver<Option<Progress>>, writer: &mut FrameWriter<LinkSend>) {
+pub(crate) async fn report(
+    told: &mut watch::Receiver<Option<Progress>>,
+    writer: &mut FrameWriter<LinkSend>,
+) {
     while told.changed().await.is_ok() {
         let step = told.borrow_and_update().clone();
         if let Some(Progress { stage, done, total }) = step {
@@ -95,7 +98,8 @@ async fn report(told: &mut watch::Receiver<Option<Progress>>, writer: &mut Frame
 /// Bytes of each part of the credentials; cloud registries' tokens have some thousands.
 const SECRET_MAX: usize = 64 << 10;
 
-fn checked(sent: RegistryCredentials) -> Result<Option<Credentials>, Refused> {
+/// Bounds and checks a login as a laptop sent it.
+pub(crate) fn checked(sent: RegistryCredentials) -> Result<Option<Credentials>, Refused> {
     let RegistryCredentials { username, password, identity_token } = sent;
     if [&username, &password, &identity_token].iter().any(|part| part.len() > SECRET_MAX) {
         let why = format!("registry credentials of more than {} KiB", SECRET_MAX >> 10);
@@ -112,7 +116,8 @@ fn checked(sent: RegistryCredentials) -> Result<Option<Credentials>, Refused> {
     Ok(given.then_some(Credentials::Basic { username, password }))
 }
 
-fn code(error: &PullError) -> StreamErrorCode {
+/// What a program goes by when a registry cannot be used.
+pub(crate) fn code(error: &PullError) -> StreamErrorCode {
     match error {
         PullError::Blocked { .. } => StreamErrorCode::Blocked,
         PullError::Unreachable { .. }
@@ -137,9 +142,12 @@ pub(crate) fn image_code(error: &ImageError) -> StreamErrorCode {
     match error {
         ImageError::NoSpace { .. } => StreamErrorCode::NoSpace,
         ImageError::Limit { .. } => StreamErrorCode::Limit,
-        ImageError::Io { .. } | ImageError::Imager { .. } | ImageError::NoImager(_) => {
-            StreamErrorCode::Internal
-        }
+        // Another node may have it.
+        ImageError::Unknown(_) | ImageError::LostBlob { .. } => StreamErrorCode::NotFound,
+        ImageError::DamagedBlob { .. }
+        | ImageError::Io { .. }
+        | ImageError::Imager { .. }
+        | ImageError::NoImager(_) => StreamErrorCode::Internal,
         _ => StreamErrorCode::Invalid,
     }
 }

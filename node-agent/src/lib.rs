@@ -24,8 +24,10 @@ pub mod guest_configure;
 pub mod guest_link;
 pub mod guests;
 pub mod hypervisor;
+mod image_export;
 mod image_import;
 mod image_pull;
+mod image_push;
 pub mod images;
 pub mod initramfs;
 pub mod kernel;
@@ -35,6 +37,7 @@ pub mod machine;
 pub mod membership;
 pub mod memory;
 pub mod ready;
+mod save;
 pub mod seal;
 pub mod store;
 mod streams;
@@ -242,6 +245,7 @@ pub async fn run(
         Arc::clone(&guests),
         Arc::clone(&images),
         Arc::clone(&feeds),
+        Arc::clone(&store),
     );
     let (wishes, wanted) = templates::wishes();
     let ready = Arc::new(ReadyGuests::new(config.ready_guests, &store, &config.cache_dir));

@@ -18,21 +18,27 @@ use towline_link::ticket::{
 };
 use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::ids::{NodeId, SandboxId};
+use towline_proto::v1::image_ref::Source;
 use towline_proto::v1::stream_open::Kind;
-use towline_proto::v1::{ImagesCollected, NodeRegistered, StreamErrorCode, StreamOpen};
+use towline_proto::v1::{ImagesCollected, LayerOpen, NodeRegistered, StreamErrorCode, StreamOpen};
 use towline_streams::{Priority as GuestPriority, splice};
 
 use crate::feed::{self, Feeds};
 use crate::gates::{Gates, Refused};
 use crate::guests::Guests;
 use crate::image_pull::Pulls;
+use crate::image_push::Pushes;
 use crate::images::Images;
-use crate::{image_import, streams};
+use crate::save::{self, Saves};
+use crate::store::Store;
+use crate::{image_export, image_import, streams};
 
 /// Connections of laptops at once.
 const CONNECTIONS_MAX: usize = 1024;
 /// Imports at once: each unpacks on all CPUs.
 const IMPORTS_MAX: usize = 2;
+/// Exports at once: each reads from the disk as fast as its laptop takes.
+const EXPORTS_MAX: usize = 8;
 /// A node that has just been started for the first time is given this long to be registered.
 const REGISTERED_WAIT: Duration = Duration::from_secs(5);
 
@@ -54,6 +60,10 @@ pub struct Tunnel {
     authority: watch::Sender<Option<Arc<Authority>>>,
     imports: Arc<Semaphore>,
     pulls: Pulls,
+    saves: Saves,
+    sandboxes: Arc<Store>,
+    exports: Semaphore,
+    pushes: Pushes,
 }
 
 impl Tunnel {
@@ -63,11 +73,26 @@ impl Tunnel {
         guests: Arc<Guests>,
         images: Arc<Images>,
         feeds: Arc<Feeds>,
+        sandboxes: Arc<Store>,
     ) -> Arc<Self> {
         let imports = Arc::new(Semaphore::new(IMPORTS_MAX));
         let pulls = Pulls::new(&images, Arc::clone(&imports));
+        let (exports, pushes) = (Semaphore::new(EXPORTS_MAX), Pushes::new(&images));
+        let saves = Saves::new(images.store().clone());
         let authority = watch::Sender::default();
-        Arc::new(Self { gates, guests, images, feeds, authority, imports, pulls })
+        Arc::new(Self {
+            gates,
+            guests,
+            images,
+            feeds,
+            authority,
+            imports,
+            pulls,
+            exports,
+            pushes,
+            saves,
+            sandboxes,
+        })
     }
 
     /// Takes what the control plane said at registration.
@@ -168,6 +193,14 @@ impl Tunnel {
                     ),
                 }
             }
+            (Some(Kind::Save(save)), TicketTarget::Sandbox(sandbox)) => {
+                match self.source(sandbox, checked.epoch).await {
+                    Ok(source) => {
+                        return Box::pin(self.saves.serve(save.clone(), source, stream)).await;
+                    }
+                    Err(refused) => refused,
+                }
+            }
             (Some(Kind::ImageImport(import)), TicketTarget::Images) => {
                 let Ok(_permit) = self.imports.acquire().await else { return };
                 let (store, name) = (self.images.store().clone(), import.name.clone());
@@ -175,6 +208,13 @@ impl Tunnel {
             }
             (Some(Kind::ImagePull(pull)), TicketTarget::Images) => {
                 return self.pulls.serve(pull.clone(), stream).await;
+            }
+            (Some(Kind::ImageExport(open)), TicketTarget::Images) => {
+                let Ok(_permit) = self.exports.acquire().await else { return };
+                return image_export::serve(self.images.store().clone(), open, stream).await;
+            }
+            (Some(Kind::ImagePush(push)), TicketTarget::Images) => {
+                return Box::pin(self.pushes.serve(push.clone(), stream)).await;
             }
             (Some(Kind::ImageCollect(open)), TicketTarget::Images) => {
                 match self.collect(&checked.keep_sha256, open.keep.clone()).await {
@@ -191,9 +231,15 @@ impl Tunnel {
             (Some(Kind::ImageCollect(_)), TicketTarget::Sandbox(_)) => {
                 Refused::new(StreamErrorCode::Ticket, "this needs a ticket to collect images")
             }
-            (Some(Kind::ImageImport(_) | Kind::ImagePull(_)), TicketTarget::Sandbox(_)) => {
-                Refused::new(StreamErrorCode::Ticket, "this needs a ticket for images")
-            }
+            (
+                Some(
+                    Kind::ImageImport(_)
+                    | Kind::ImagePull(_)
+                    | Kind::ImageExport(_)
+                    | Kind::ImagePush(_),
+                ),
+                TicketTarget::Sandbox(_),
+            ) => Refused::new(StreamErrorCode::Ticket, "this needs a ticket for images"),
             (
                 Some(
                     Kind::Exec(_)
@@ -205,12 +251,16 @@ impl Tunnel {
                     | Kind::Forward(_)
                     | Kind::Copy(_)
                     | Kind::Diff(_)
+                    | Kind::Save(_)
                     | Kind::Feed(_),
                 ),
                 TicketTarget::Images,
             ) => Refused::new(StreamErrorCode::Ticket, "this needs a ticket for a sandbox"),
             (Some(Kind::Control(_) | Kind::Fuse(_) | Kind::Egress(_) | Kind::Lookup(_)), _) => {
                 Refused::new(StreamErrorCode::Unsupported, "only guests open such streams")
+            }
+            (Some(Kind::Layer(_)), _) => {
+                Refused::new(StreamErrorCode::Unsupported, "only nodes open such streams")
             }
             (None, _) => Refused::new(
                 StreamErrorCode::Unsupported,
@@ -233,6 +283,27 @@ impl Tunnel {
         tracing::info!(?collected, "images collected");
         let Collected { images, files, bytes } = collected;
         Ok(ImagesCollected { images, files, bytes })
+    }
+
+    /// What a sandbox is saved from.
+    async fn source(&self, sandbox: SandboxId, epoch: u64) -> Result<save::Source, Refused> {
+        let pass = self.gates.enter(sandbox, epoch)?;
+        let not_running = |why: &str| Refused::new(StreamErrorCode::NotRunning, why);
+        let guest = self.guests.get(sandbox).ok_or_else(|| not_running("its VM has just ended"))?;
+        let record = self.sandboxes.sandbox(sandbox).record();
+        let record = record.ok_or_else(|| not_running("the node does not have this sandbox"))?;
+        let image = record.assignment.spec.image.as_ref().and_then(|image| image.source.as_ref());
+        let Some(Source::Oci(name)) = image else {
+            let why = "the sandbox is of this machine's own system (`--image local`), which no \
+                       image can hold: save one that was made of an image";
+            return Err(Refused::new(StreamErrorCode::Unsupported, why));
+        };
+        let base = record.image_digest.parse().map_err(|_| {
+            Refused::new(StreamErrorCode::Internal, "the node does not know the sandbox's image")
+        })?;
+        let priority = priority(Some(&Kind::Layer(LayerOpen {})));
+        let guest = guest.open(priority).await?;
+        Ok(save::Source { base, base_name: name.clone(), guest, pass })
     }
 
     /// Copies between laptop and guest until both ended, or until the sandbox's streams must end.
@@ -307,9 +378,16 @@ fn priority(kind: Option<&Kind>) -> GuestPriority {
         Some(Kind::Exec(_)) => GuestPriority::Interactive,
         Some(Kind::Files(_)) => GuestPriority::Bulk,
         Some(Kind::Fuse(_)) => GuestPriority::Demand,
-        Some(Kind::ImageImport(_) | Kind::ImagePull(_) | Kind::Copy(_) | Kind::Diff(_)) => {
-            GuestPriority::Bulk
-        }
+        Some(
+            Kind::ImageImport(_)
+            | Kind::ImagePull(_)
+            | Kind::ImageExport(_)
+            | Kind::ImagePush(_)
+            | Kind::Copy(_)
+            | Kind::Diff(_)
+            | Kind::Save(_)
+            | Kind::Layer(_),
+        ) => GuestPriority::Bulk,
         Some(Kind::Tcp(_) | Kind::Egress(_)) => GuestPriority::Interactive,
         Some(
             Kind::Control(_)

@@ -14,9 +14,9 @@ use towline_proto::frame::{Frame, FrameKind};
 use towline_proto::v1::stream_open::Kind;
 use towline_proto::v1::{
     Desired, DesiredSandbox, EgressOpen, EgressProtocol, ExecListOpen, FeedEntry, FeedOpen,
-    ForkOrigin, ImageCollectOpen, ImageImportOpen, ImageImported, ImagesCollected, LookupAnswer,
-    LookupOpen, Phase, StreamError, StreamErrorCode, StreamOpen, Ticket, egress_open, feed_entry,
-    image_ref,
+    ForkOrigin, ImageCollectOpen, ImageExportOpen, ImageImportOpen, ImageImported, ImagePushOpen,
+    ImagesCollected, LookupAnswer, LookupOpen, Phase, StreamError, StreamErrorCode, StreamOpen,
+    Ticket, egress_open, feed_entry, image_ref,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -320,6 +320,71 @@ async fn an_image_that_a_laptop_sends_is_what_a_sandbox_runs() {
     let mut stream = laptop.open(&import(ticket)).await;
     stream.writer.finish().await.unwrap();
     answer(&mut stream, FrameKind::Error).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_image_that_a_laptop_sent_comes_back_whole_or_not_at_all() {
+    let Some(mut world) = World::new().await else { return };
+    if std::process::Command::new("mksquashfs").arg("-version").output().is_err() {
+        node_support::print_skipped("mksquashfs (squashfs-tools) is not installed");
+        return;
+    }
+    world.start();
+    world.control.registered().await;
+    let laptop = world.laptop().await;
+    let of_sandbox = world.ticket(&laptop, 1);
+    let images = Ticket { sandbox_id: vec![], ..of_sandbox.clone() };
+    let noise: Vec<u8> = (0..500_000u32).flat_map(|n| n.wrapping_mul(n).to_le_bytes()).collect();
+    let layout = Layout::new(vec![Layer::new().file("noise", 0o644, &noise).finish()]);
+    let open = |ticket: &Ticket, kind| StreamOpen {
+        ticket: world.control.signer.sign(ticket),
+        kind: Some(kind),
+    };
+    let import = || open(&images, Kind::ImageImport(ImageImportOpen { name: "tool:1".into() }));
+    let digest = layout.files().1.to_string();
+    let export = |ticket: &Ticket, digest: &str| {
+        let name = "tool:1".into();
+        open(ticket, Kind::ImageExport(ImageExportOpen { digest: digest.into(), name }))
+    };
+    let mut archive = layout.archive();
+    for _ in 0..2 {
+        let mut stream = laptop.open(&import()).await;
+        for piece in archive.chunks(100_000).chain([&[][..]]) {
+            let frame = Frame::raw(FrameKind::ImportData, piece.to_vec());
+            stream.writer.send(&frame).await.unwrap();
+        }
+        let imported: ImageImported =
+            answer(&mut stream, FrameKind::Imported).await.decode().unwrap();
+        assert_eq!(imported.digest, digest);
+        // What is exported is imported next.
+        let mut stream = laptop.open(&export(&images, &digest)).await;
+        archive.clear();
+        loop {
+            let piece = answer(&mut stream, FrameKind::ExportData).await.body;
+            archive.extend_from_slice(&piece);
+            if piece.is_empty() {
+                break;
+            }
+        }
+    }
+    let push = |ticket: &Ticket, digest: &str, reference: &str| {
+        let (digest, reference) = (digest.to_owned(), reference.to_owned());
+        open(ticket, Kind::ImagePush(ImagePushOpen { digest, reference, ..Default::default() }))
+    };
+    let other = format!("sha256:{}", "1".repeat(64));
+    for (open, code) in [
+        (export(&images, &other), StreamErrorCode::NotFound),
+        (export(&images, "tool:1"), StreamErrorCode::Invalid),
+        (export(&of_sandbox, &digest), StreamErrorCode::Ticket),
+        (push(&images, &other, "reg.example/x"), StreamErrorCode::NotFound),
+        (push(&images, "tool:1", "reg.example/x"), StreamErrorCode::Invalid),
+        (push(&images, &digest, "No Name"), StreamErrorCode::Invalid),
+        (push(&of_sandbox, &digest, "reg.example/x"), StreamErrorCode::Ticket),
+    ] {
+        let mut stream = laptop.open(&open).await;
+        let error: StreamError = answer(&mut stream, FrameKind::Error).await.decode().unwrap();
+        assert_eq!(error.code(), code, "{}", error.message);
+    }
 }
 
 /// The first frame that is not progress.

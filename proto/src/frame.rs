@@ -58,6 +58,10 @@ pub enum FrameKind {
     ImportProgress = 51,
     /// `ImageImported`.
     Imported = 52,
+    /// Raw bytes of the archive; an empty one ends it.
+    ExportData = 53,
+    /// `ImagePushed`.
+    Pushed = 54,
     /// Empty: the answer to a ping stream.
     Pong = 60,
     /// `DaemonRequest`.
@@ -100,6 +104,18 @@ pub enum FrameKind {
     DiffPart = 115,
     /// `DiffDone`.
     DiffDone = 116,
+    /// `LayerPart`.
+    LayerPart = 117,
+    /// Raw bytes of a file.
+    LayerData = 118,
+    /// How many zeros (u64, little endian) come next in a file.
+    LayerHole = 119,
+    /// `LayerDone`.
+    LayerDone = 120,
+    /// `Saved`.
+    Saved = 121,
+    /// `SaveSecrets`.
+    SaveSecrets = 122,
     /// `ImagesCollected`.
     ImagesCollected = 130,
 }

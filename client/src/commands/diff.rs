@@ -5,13 +5,11 @@ use std::fmt::Write as _;
 use clap::Args;
 use serde_json::json;
 use towline_proto::ids::SandboxId;
-use towline_proto::v1::{
-    self, DiffDone, FileChange, FileChangeKind, FileType, PackageChange, Phase,
-};
+use towline_proto::v1::{self, DiffDone, FileChange, FileChangeKind, FileType, PackageChange};
 
 use crate::cluster::{Cluster, Start};
 use crate::commands::Env;
-use crate::error::{Exit, Failure, Outcome};
+use crate::error::{Exit, Outcome};
 use crate::output::{human, json as objects};
 use crate::sandbox;
 use crate::tunnel::diff::diff;
@@ -31,16 +29,7 @@ pub struct DiffArgs {
 pub(super) async fn run(args: DiffArgs, env: &Env) -> Outcome {
     let cluster = Cluster::open(env, Start::UnlessDown).await?;
     let found = sandbox::find(&cluster, &args.name).await?;
-    let name = sandbox::name(&found);
-    let hint = match sandbox::phase(&found) {
-        Phase::Running => None,
-        Phase::Paused => Some(format!("`tow resume {name}`")),
-        _ => Some(format!("`tow start {name}`")),
-    };
-    if let Some(hint) = hint {
-        let text = format!("sandbox {name} does not run: running sandboxes are compared only");
-        return Err(Failure::new(text).hint(hint).into());
-    }
+    sandbox::must_run(&found, "compared")?;
     let guest = Guest::of(env, cluster, &found)?;
     let shown = env.printer.progress("comparing with the image");
     let (mut totals, printer) = (Totals::default(), &env.printer);
@@ -143,6 +132,7 @@ fn differences(change: &FileChange) -> Vec<&'static str> {
         (change.mode_differs, "mode"),
         (change.owner_differs, "owner"),
         (change.xattrs_differ, "xattrs"),
+        (change.links_differ, "names"),
     ]
     .into_iter()
     .filter_map(|(differs, what)| differs.then_some(what))

@@ -1,9 +1,12 @@
 //! `tow image`: images to start sandboxes from.
 //!
 //! `import` sends an image's archive to a node's store, `pull` has the node fetch it from a
-//! registry; the node checks all of it, and then the control plane is told its name.
+//! registry; the node checks all of it, and then the control plane is told its name. `export` and
+//! `push` are the way back.
 
+pub(super) mod export;
 pub(super) mod pull;
+pub(super) mod push;
 
 use std::path::PathBuf;
 
@@ -16,6 +19,7 @@ use crate::commands::Env;
 use crate::error::{Exit, Failure, Outcome};
 use crate::output::{human, json};
 use crate::session::{Client, new_key};
+use crate::tunnel::export::NotHere;
 use crate::tunnel::guest::Guest;
 use crate::tunnel::import::{self, Source};
 
@@ -26,6 +30,10 @@ pub enum ImageVerb {
     Pull(pull::PullArgs),
     /// Import an image: an OCI layout (folder or archive), an archive of docker save, - for stdin
     Import(ImportArgs),
+    /// Push an image to a registry, with what is not there yet
+    Push(push::PushArgs),
+    /// Write an image as an OCI layout or as an archive that docker load reads
+    Export(export::ExportArgs),
     /// List images
     Ls(ImageLsArgs),
     /// Say everything known about images
@@ -85,6 +93,8 @@ impl ImageVerb {
         match self {
             Self::Pull(args) => args.json,
             Self::Import(args) => args.json,
+            Self::Push(args) => args.json,
+            Self::Export(args) => args.json,
             Self::Tag(args) => args.json,
             Self::Ls(args) => args.json,
             Self::Inspect(args) | Self::Rm(args) => args.json,
@@ -96,6 +106,8 @@ pub(super) async fn run(verb: ImageVerb, env: &Env) -> Outcome {
     match verb {
         ImageVerb::Pull(args) => pull::run(args, env).await,
         ImageVerb::Import(args) => import(args, env).await,
+        ImageVerb::Push(args) => push::run(args, env).await,
+        ImageVerb::Export(args) => export::run(args, env).await,
         ImageVerb::Tag(args) => tag(args, env).await,
         ImageVerb::Ls(_) => ls(env).await,
         ImageVerb::Inspect(args) => inspect(args, env).await,
@@ -122,7 +134,7 @@ async fn import(args: ImportArgs, env: &Env) -> Outcome {
     Ok(Exit::OK)
 }
 
-fn check_name(name: &str) -> anyhow::Result<()> {
+pub(super) fn check_name(name: &str) -> anyhow::Result<()> {
     if name.is_empty() || name == crate::spec::LOCAL || name.starts_with("sha256:") {
         let text = format!("`{name}` cannot be an image's name");
         return Err(Failure::usage(text).hint("an image is called like debian:12").into());
@@ -131,7 +143,7 @@ fn check_name(name: &str) -> anyhow::Result<()> {
 }
 
 /// Tells the control plane what a name means now.
-async fn put(
+pub(super) async fn put(
     cluster: &Cluster,
     name: &str,
     imported: &v1::ImageImported,
@@ -151,7 +163,7 @@ async fn put(
     cluster.call(call).await
 }
 
-fn describe(doing: &str, name: &str, step: &v1::ImageImportProgress) -> String {
+pub(super) fn describe(doing: &str, name: &str, step: &v1::ImageImportProgress) -> String {
     let (name, stage) = (human::printable(name), human::printable(&step.stage));
     match (step.done, step.total) {
         (0, 0) => format!("{doing} {name}: {stage}"),
@@ -162,12 +174,35 @@ fn describe(doing: &str, name: &str, step: &v1::ImageImportProgress) -> String {
     }
 }
 
-async fn list(env: &Env) -> anyhow::Result<(Cluster, Vec<v1::Image>)> {
+pub(super) async fn list(env: &Env) -> anyhow::Result<(Cluster, Vec<v1::Image>)> {
     let cluster = Cluster::open(env, Start::UnlessDown).await?;
     let call =
         |mut client: Client| async move { client.list_images(v1::ListImagesRequest {}).await };
     let images = cluster.call(call).await?.images;
     Ok((cluster, images))
+}
+
+/// Does something with an image on the first node that has it.
+async fn where_it_is<T>(
+    cluster: &Cluster,
+    env: &Env,
+    work: impl AsyncFn(&Guest<'_>) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let call = |mut client: Client| async move { client.list_nodes(v1::ListNodesRequest {}).await };
+    let mut nodes = cluster.call(call).await?.nodes;
+    let answers = [v1::NodeState::Ready, v1::NodeState::Cordoned];
+    nodes.retain(|node| answers.contains(&node.state()));
+    let mut missing = None;
+    for node in nodes {
+        let guest = Guest::image_store_of(env, cluster.context(), node.id)?;
+        match work(&guest).await {
+            Err(error) if error.is::<NotHere>() => missing = Some(error),
+            done => return done,
+        }
+    }
+    Err(missing.unwrap_or_else(|| {
+        Failure::new("no node is ready").hint("`tow node ls` says what they are doing").into()
+    }))
 }
 
 async fn ls(env: &Env) -> Outcome {

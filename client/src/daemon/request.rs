@@ -152,9 +152,9 @@ async fn target(cluster: &Cluster, open: &OpenSandboxStream) -> Result<Target, D
         return Ok(Target::Images(id));
     }
     match kind {
-        Some(Kind::ImageImport(_) | Kind::ImagePull(_)) => {
-            any_node(cluster).await.map(Target::Images)
-        }
+        Some(
+            Kind::ImageImport(_) | Kind::ImagePull(_) | Kind::ImageExport(_) | Kind::ImagePush(_),
+        ) => any_node(cluster).await.map(Target::Images),
         _ => Err(DaemonFailure::invalid("the request names neither a sandbox nor a node")),
     }
 }

@@ -3,6 +3,8 @@
 //!
 //! Bytes that are not UTF-8 are given as text with replacement characters.
 
+use std::path::Path;
+
 use serde_json::{Map, Value, json};
 use towline_proto::ids::{NodeId, SandboxId};
 use towline_proto::v1;
@@ -96,6 +98,31 @@ pub fn image_record(image: &v1::Image) -> Value {
         "digest": image.digest,
         "bytes": image.bytes,
         "created_ms": image.created_ms,
+    })
+}
+
+/// Returns what `tow image export` wrote.
+pub fn image_exported(image: &v1::Image, path: &Path, bytes: u64) -> Value {
+    json!({
+        "schema": "towline.exported/1",
+        "name": image.name,
+        "digest": image.digest,
+        "path": path.display().to_string(),
+        "bytes": bytes,
+    })
+}
+
+/// Returns what `tow image push` did.
+pub fn image_pushed(name: &str, pushed: &v1::ImagePushed) -> Value {
+    json!({
+        "schema": "towline.pushed/1",
+        "name": name,
+        "digest": pushed.digest,
+        "reference": pushed.reference,
+        "bytes_sent": pushed.bytes_sent,
+        "blobs_sent": pushed.blobs_sent,
+        "blobs_there": pushed.blobs_there,
+        "blobs_mounted": pushed.blobs_mounted,
     })
 }
 
@@ -214,5 +241,22 @@ mod tests {
             ..Default::default()
         };
         insta::assert_json_snapshot!(super::sandbox(&sandbox));
+    }
+
+    #[test]
+    fn images_that_go_out_keep_their_fields() {
+        let digest = "sha256:ab".to_owned();
+        let image =
+            v1::Image { name: "app:1".into(), digest: digest.clone(), ..Default::default() };
+        let pushed = v1::ImagePushed {
+            digest,
+            reference: "reg.example/app:1".into(),
+            bytes_sent: 1,
+            blobs_sent: 2,
+            blobs_there: 3,
+            blobs_mounted: 4,
+        };
+        let exported = super::image_exported(&image, super::Path::new("app.tar"), 5);
+        insta::assert_json_snapshot!([exported, super::image_pushed("app:1", &pushed)]);
     }
 }

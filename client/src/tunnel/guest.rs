@@ -63,6 +63,11 @@ impl<'a> Guest<'a> {
         Self::new(env, context, v1::OpenSandboxStream::default())
     }
 
+    /// The image store of one node.
+    pub fn image_store_of(env: &'a Env, context: &str, node_id: Vec<u8>) -> anyhow::Result<Self> {
+        Self::new(env, context, v1::OpenSandboxStream { node_id, ..Default::default() })
+    }
+
     fn new(env: &'a Env, context: &str, sandbox: v1::OpenSandboxStream) -> anyhow::Result<Self> {
         let daemon = DaemonClient::new(Place::discover()?, context)?;
         Ok(Self { env, daemon, sandbox, cluster: OnceCell::new() })

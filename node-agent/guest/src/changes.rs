@@ -8,11 +8,13 @@
 
 mod compare;
 mod left_out;
+mod links;
 mod packages;
 mod walk;
 
 use std::io;
 
+pub(crate) use compare::{Found, Node};
 pub(crate) use left_out::{LeftOut, OwnPaths};
 pub(crate) use packages::{PackageChange, packages_changed};
 pub(crate) use walk::walk;
@@ -29,6 +31,10 @@ pub(crate) struct Meta {
     pub(crate) size: u64,
     /// A device's number; else 0.
     pub(crate) device: u64,
+    /// How many names it has.
+    pub(crate) links: u64,
+    /// When its content was last changed, in seconds since 1970.
+    pub(crate) modified_s: i64,
 }
 
 /// What kind of file it is. Sockets and whiteouts are none of these.
@@ -51,6 +57,8 @@ pub(crate) struct Differs {
     pub(crate) mode: bool,
     pub(crate) owner: bool,
     pub(crate) xattrs: bool,
+    /// Nothing else, but its other names are not those of the one below.
+    pub(crate) links: bool,
 }
 
 /// One change, at a path relative to the root.
@@ -82,14 +90,21 @@ pub(crate) enum WalkError {
     TooDeep { path: Vec<u8>, max: usize },
     #[error("/{} has more than {max} entries", String::from_utf8_lossy(path))]
     TooMany { path: Vec<u8>, max: usize },
+    #[error("/{} has become shorter while it was read", String::from_utf8_lossy(path))]
+    Shorter { path: Vec<u8> },
+    #[error(
+        "/{} cannot be in an image: names that begin with .wh. mark what was removed",
+        String::from_utf8_lossy(path)
+    )]
+    NotForImages { path: Vec<u8> },
     #[error("nobody listens any more")]
     Stopped,
 }
 
 /// Who is told.
 pub(crate) trait Visitor {
-    /// One change, in order. May end the walk.
-    fn change(&mut self, change: Change) -> Result<(), WalkError>;
+    /// One change, in order, with the file as it is now. May end the walk.
+    fn change(&mut self, change: Change, now: Option<&Found>) -> Result<(), WalkError>;
     /// The walk goes on: at another file, or at one that takes long to compare.
     fn looked(&mut self, new: bool) -> Result<(), WalkError>;
     /// A file was left out.

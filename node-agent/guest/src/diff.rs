@@ -3,6 +3,7 @@
 //!
 //! The walk is plain blocking code on a thread of its own; a client that leaves ends it.
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -16,8 +17,8 @@ use towline_proto::v1::{
 use towline_streams::{FrameReader, FrameWriter};
 
 use crate::changes::{
-    Change, Kind, LeftOut, OwnPaths, PackageChange, Visitor, WalkError, What, packages_changed,
-    walk,
+    Change, Found, Kind, LeftOut, OwnPaths, PackageChange, Visitor, WalkError, What,
+    packages_changed, walk,
 };
 use crate::credentials::RootFiles;
 use crate::refusal::Refusal;
@@ -87,16 +88,11 @@ async fn tell<W: AsyncWrite + Unpin>(
 
 impl Trees {
     fn compare(&self, parts: mpsc::Sender<Frame>) -> Result<DiffDone, Refusal> {
-        let open = |path: &Path| {
-            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            rustix::fs::open(path, flags, Mode::empty())
-                .map_err(|error| Refusal::io("cannot open the sandbox's own files", &error.into()))
-        };
-        let (upper, below) = (open(&self.upper)?, open(&self.below)?);
+        let (upper, below) = (self.open(&self.upper)?, self.open(&self.below)?);
         let own = OwnPaths::new(self.made.iter().map(Vec::as_slice));
         let mut teller = Teller::new(parts);
         walk(&upper, &below, &own, &mut teller).map_err(|error| refusal(&error))?;
-        let (before, now) = (RootFiles::beneath(below), RootFiles::beneath(open(&self.root)?));
+        let (before, now) = (RootFiles::beneath(below), RootFiles::beneath(self.open(&self.root)?));
         let packages = packages_changed(&before, &now)
             .map_err(|error| Refusal::io("cannot read the list of packages", &error))?;
         for packages in packages.chunks(CHANGES_MAX) {
@@ -106,15 +102,26 @@ impl Trees {
         teller.send().map_err(|error| refusal(&error))?;
         Ok(teller.done)
     }
+
+    /// Opens one of them.
+    pub(crate) fn open(&self, path: &Path) -> Result<OwnedFd, Refusal> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::open(path, flags, Mode::empty())
+            .map_err(|error| Refusal::io("cannot open the sandbox's own files", &error.into()))
+    }
 }
 
-fn refusal(error: &WalkError) -> Refusal {
+/// Why there is no answer.
+pub(crate) fn refusal(error: &WalkError) -> Refusal {
     match error {
         WalkError::At { source, .. } => {
             Refusal { message: error.to_string(), ..Refusal::io("", source) }
         }
         WalkError::TooDeep { .. } | WalkError::TooMany { .. } => {
             Refusal::new(StreamErrorCode::Limit, error.to_string())
+        }
+        WalkError::Shorter { .. } | WalkError::NotForImages { .. } => {
+            Refusal::invalid(error.to_string())
         }
         WalkError::Stopped => Refusal::new(StreamErrorCode::Internal, error.to_string()),
     }
@@ -145,7 +152,7 @@ impl Teller {
 }
 
 impl Visitor for Teller {
-    fn change(&mut self, change: Change) -> Result<(), WalkError> {
+    fn change(&mut self, change: Change, _: Option<&Found>) -> Result<(), WalkError> {
         self.paths_len += change.path.len();
         self.part.changes.push(file(change));
         match self.part.changes.len() >= CHANGES_MAX || self.paths_len >= PATHS_MAX {
@@ -191,6 +198,7 @@ fn file(Change { path, what }: Change) -> FileChange {
             mode_differs: differs.mode,
             owner_differs: differs.owner,
             xattrs_differ: differs.xattrs,
+            links_differ: differs.links,
         },
         What::Removed(before) => FileChange {
             path,
@@ -202,7 +210,8 @@ fn file(Change { path, what }: Change) -> FileChange {
     }
 }
 
-fn file_type(kind: Kind) -> FileType {
+/// A kind as it is told.
+pub(crate) fn file_type(kind: Kind) -> FileType {
     match kind {
         Kind::Regular => FileType::Regular,
         Kind::Directory => FileType::Directory,

@@ -14,19 +14,20 @@ use crate::configure::{ENTROPY_MIN, checked_hostname, set_clock};
 use crate::refusal::Refusal;
 use crate::root;
 use crate::serve::Services;
+use crate::workload::Halt;
 
 /// Halts the workload.
 pub(crate) async fn freeze(services: &Services, kernel: Kernel) -> Result<(), Refusal> {
     if kernel == Kernel::Shared {
         return Err(Refusal::invalid("only a guest with a kernel of its own can be copied"));
     }
-    let frozen = services.execs.workload().freeze().await;
+    let frozen = services.execs.workload().freeze(Halt::Fork).await;
     frozen.map_err(|error| Refusal::io("cannot freeze the workload", &error))
 }
 
 /// Lets the workload go on.
 pub(crate) fn thaw(services: &Services) {
-    if let Err(error) = services.execs.workload().thaw() {
+    if let Err(error) = services.execs.workload().thaw(Halt::Fork) {
         crate::agent::log(&format!("cannot thaw the workload: {error}"));
     }
 }

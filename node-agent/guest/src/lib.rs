@@ -20,6 +20,7 @@ mod fork;
 pub mod forward;
 pub mod fuse;
 pub mod gitconfig;
+pub mod layer;
 pub mod listening;
 pub mod net;
 pub mod nonblocking;

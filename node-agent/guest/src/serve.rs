@@ -17,7 +17,7 @@ use crate::exec::{self, ExecTable};
 use crate::forward::{self, Forwards};
 use crate::refusal::Refusal;
 use crate::tcp::{self, TcpTable};
-use crate::{credentials, files, listening};
+use crate::{credentials, files, layer, listening};
 
 /// How long a stream may take to say what it is.
 const OPEN_MAX: Duration = Duration::from_secs(30);
@@ -111,6 +111,13 @@ where
             Some(trees) => return diff::serve(trees.clone(), reader, writer).await,
             None => Refusal::new(StreamErrorCode::Unsupported, "this sandbox is not of an image"),
         },
+        Ok(Kind::Layer(_)) => match &services.trees {
+            Some(trees) => {
+                return layer::serve(trees.clone(), services.execs.workload(), reader, writer)
+                    .await;
+            }
+            None => Refusal::new(StreamErrorCode::Unsupported, "this sandbox is not of an image"),
+        },
         Ok(Kind::PortList(_)) => match tokio::task::spawn_blocking(listen_table).await {
             Ok(list) => {
                 return answer(&mut writer, &Frame::message(FrameKind::PortList, &list)).await;
@@ -122,7 +129,10 @@ where
             | Kind::Fuse(_)
             | Kind::ImageImport(_)
             | Kind::ImagePull(_)
+            | Kind::ImageExport(_)
+            | Kind::ImagePush(_)
             | Kind::ImageCollect(_)
+            | Kind::Save(_)
             | Kind::Egress(_)
             | Kind::Lookup(_)
             | Kind::Feed(_),

@@ -17,8 +17,8 @@ use rustix::process::Pid;
 use tokio::sync::Mutex;
 use towline_proto::v1::StreamErrorCode;
 
-pub(crate) use cgroup::ExecCgroup;
 pub use cgroup::{Cgroups, Limits};
+pub(crate) use cgroup::{ExecCgroup, Halt};
 pub use init::{INIT_NAME, run_init};
 
 use crate::exec::{ExecKey, Spawner};
@@ -143,19 +143,19 @@ impl Workload {
         Ok((master, slave))
     }
 
-    /// Halts every process of the workload, so that a copy can be made of it.
-    pub(crate) async fn freeze(&self) -> io::Result<()> {
+    /// Halts every process of the workload.
+    pub(crate) async fn freeze(&self, halt: Halt) -> io::Result<()> {
         match &self.kind {
             Kind::Host { .. } => Err(io::Error::other("there are no limits here")),
-            Kind::Sandbox(sandbox) => sandbox.cgroups.freeze().await,
+            Kind::Sandbox(sandbox) => sandbox.cgroups.freeze(halt).await,
         }
     }
 
-    /// Lets them go on.
-    pub(crate) fn thaw(&self) -> io::Result<()> {
+    /// Lets them go on, unless they are halted for something else too.
+    pub(crate) fn thaw(&self, halt: Halt) -> io::Result<()> {
         match &self.kind {
             Kind::Host { .. } => Ok(()),
-            Kind::Sandbox(sandbox) => sandbox.cgroups.thaw(),
+            Kind::Sandbox(sandbox) => sandbox.cgroups.thaw(halt),
         }
     }
 

@@ -74,6 +74,21 @@ impl<T> Hashing<T> {
         Hashing { inner, hasher: Sha256::new(), bytes: 0 }
     }
 
+    /// What passes through.
+    pub(crate) fn inner(&self) -> &T {
+        &self.inner
+    }
+
+    /// How much has passed.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Returns the digest of what passed so far.
+    pub(crate) fn digest(&self) -> Digest {
+        Digest(self.hasher.clone().finalize().into())
+    }
+
     /// Returns what was wrapped, the digest of all that passed and its size.
     pub(crate) fn finish(self) -> (T, Digest, u64) {
         (self.inner, Digest(self.hasher.finalize().into()), self.bytes)

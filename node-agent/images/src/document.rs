@@ -24,6 +24,10 @@ pub struct ImageConfig {
     pub cmd: Vec<Vec<u8>>,
 }
 
+/// The two ways of writing one image's manifest.
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+
 /// A blob as a manifest names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Blob {
@@ -154,6 +158,22 @@ pub(crate) fn manifest(bytes: &[u8]) -> Result<Manifest, ImageError> {
         config: blob(manifest.config(), "manifest")?,
         layers: layers.collect::<Result<_, _>>()?,
     })
+}
+
+/// Returns what a manifest is called by where it is handed on: its own word, else by what it holds.
+pub(crate) fn media_type(bytes: &[u8]) -> Result<String, ImageError> {
+    let manifest: ImageManifest =
+        serde_json::from_slice(bytes).map_err(|e| ImageError::document("manifest", e))?;
+    let is_docker = matches!(manifest.config().media_type(), MediaType::Other(_));
+    match manifest.media_type().as_ref().map(ToString::to_string) {
+        Some(said) if said == OCI_MANIFEST || said == DOCKER_MANIFEST => Ok(said),
+        Some(said) => {
+            let why = format!("its mediaType is `{}`", said.escape_debug());
+            Err(ImageError::document("manifest", why))
+        }
+        None if is_docker => Ok(DOCKER_MANIFEST.into()),
+        None => Ok(OCI_MANIFEST.into()),
+    }
 }
 
 pub(crate) fn config(bytes: &[u8]) -> Result<Config, ImageError> {

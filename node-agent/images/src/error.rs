@@ -45,6 +45,28 @@ pub enum ImageError {
         /// Its name.
         digest: Digest,
     },
+    /// A blob of an image in the store is gone.
+    #[error(
+        "{what} ({digest}) of the image is missing on this node: `tow image pull` or `tow image \
+         import` brings it in again"
+    )]
+    LostBlob {
+        /// Which part.
+        what: String,
+        /// Its name.
+        digest: Digest,
+    },
+    /// A blob of an image in the store is not what its name says.
+    #[error(
+        "{what} of the image is damaged on this node: remove `{path}` there, then pull or import \
+         the image again"
+    )]
+    DamagedBlob {
+        /// Which part.
+        what: String,
+        /// Where it is.
+        path: PathBuf,
+    },
     /// An archive entry that no honest image has.
     #[error("{archive}, entry {entry}: {why}")]
     BadEntry {
@@ -96,7 +118,7 @@ pub enum ImageError {
         output: String,
     },
     /// Somebody adds to the store, and has been at it for a while.
-    #[error("images are being imported or fetched on this node: try again when that is done")]
+    #[error("images come to or leave this node just now: try again when that is done")]
     Busy,
     /// The machine's own error.
     #[error("could not {what} `{path}`")]
@@ -109,6 +131,9 @@ pub enum ImageError {
         #[source]
         source: io::Error,
     },
+    /// Whoever takes the archive does not any more.
+    #[error("the archive could not be sent on")]
+    Output(#[source] io::Error),
     /// The stream that the archive comes from broke.
     #[error("the archive ended early")]
     Input(#[source] io::Error),

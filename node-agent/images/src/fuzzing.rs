@@ -5,11 +5,16 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use bytes::BytesMut;
+use towline_proto::frame;
+use towline_proto::v1::LayerPart;
+
 use crate::document;
 use crate::layer::listing::Listing;
 use crate::layer::normal::{self, Archive, Budget};
 use crate::local::manifest::{Identity, Kind, NewEntry, Writer};
 use crate::local::{Manifest, Server};
+use crate::save;
 
 /// Bounds of one fuzzing step, far below the real ones so that it stays quick.
 const BUDGET: Budget = Budget { bytes: 8 << 20, entries: 10_000 };
@@ -34,9 +39,20 @@ pub fn registry_answer(bytes: &[u8]) {
     if let Ok(header) = std::str::from_utf8(bytes) {
         assert!(crate::registry::challenges(header).len() <= 8, "challenges are bounded");
         let _ = crate::registry::begins_at(header, 5, 10);
+        let _ = crate::registry::bytes_of(header);
         let _ = crate::registry::parses(header);
     }
     assert!(crate::registry::words(bytes).len() <= 4 * 200 + 3, "repeated words are bounded");
+}
+
+/// Reads bytes as frames of a guest that tells what changed.
+pub fn layer_stream(bytes: &[u8]) {
+    let mut buffer = BytesMut::from(bytes);
+    let mut entries = Vec::new();
+    while let Ok(Some(frame)) = frame::decode(&mut buffer) {
+        entries.extend(frame.decode::<LayerPart>().unwrap_or_default().entries);
+    }
+    save::entry::fuzz(&entries);
 }
 
 /// Reads bytes as a layer's archive and writes what it means to nowhere; what was written is then

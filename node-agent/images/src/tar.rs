@@ -413,6 +413,16 @@ impl<W: Write> Writer<W> {
         self.pad(size)
     }
 
+    /// Writes a piece of an entry's data; all of them together are as long as its header said.
+    pub(crate) fn piece(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.output.write_all(bytes)
+    }
+
+    /// What is written to.
+    pub(crate) fn output(&self) -> &W {
+        &self.output
+    }
+
     /// Writes the end marker and returns what was written to.
     pub(crate) fn finish(mut self) -> io::Result<W> {
         self.output.write_all(&[0; 2 * BLOCK])?;
@@ -420,7 +430,8 @@ impl<W: Write> Writer<W> {
         Ok(self.output)
     }
 
-    fn pad(&mut self, size: u64) -> io::Result<()> {
+    /// Ends an entry's data of this size.
+    pub(crate) fn pad(&mut self, size: u64) -> io::Result<()> {
         let padding = size.next_multiple_of(BLOCK as u64) - size;
         self.output.write_all(&[0; BLOCK][..usize::try_from(padding).unwrap_or(0)])
     }

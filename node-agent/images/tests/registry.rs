@@ -344,8 +344,8 @@ async fn an_identity_token_is_exchanged_and_an_old_token_renewed() {
     let times = counter();
     let tokens = Fake::start(move |seen| {
         let good = seen.method == "POST"
-            && seen.body.contains("grant_type=refresh_token")
-            && seen.body.contains("refresh_token=r3fresh");
+            && seen.text().contains("grant_type=refresh_token")
+            && seen.text().contains("refresh_token=r3fresh");
         match good {
             true => Reply::new(200, format!(r#"{{"access_token":"t{}"}}"#, times())),
             false => Reply::new(401, ""),

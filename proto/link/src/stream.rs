@@ -46,9 +46,16 @@ impl Priority {
             Some(Kind::Exec(_)) => Self::Exec,
             Some(Kind::Files(_)) => Self::SyncMeta,
             Some(Kind::Fuse(_)) => Self::Demand,
-            Some(Kind::ImageImport(_) | Kind::ImagePull(_) | Kind::Copy(_) | Kind::Diff(_)) => {
-                Self::Bulk
-            }
+            Some(
+                Kind::ImageImport(_)
+                | Kind::ImagePull(_)
+                | Kind::ImageExport(_)
+                | Kind::ImagePush(_)
+                | Kind::Copy(_)
+                | Kind::Diff(_)
+                | Kind::Save(_)
+                | Kind::Layer(_),
+            ) => Self::Bulk,
             Some(Kind::Tcp(_) | Kind::Egress(_)) => Self::Tcp,
             Some(
                 Kind::Control(_)

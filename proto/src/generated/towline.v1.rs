@@ -760,20 +760,20 @@ impl TokenRole {
         }
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct StreamOpen {
     /// Over QUIC: an encoded SignedTicket. Removed by the node before the guest sees it.
     #[prost(bytes = "vec", tag = "1")]
     pub ticket: ::prost::alloc::vec::Vec<u8>,
     #[prost(
         oneof = "stream_open::Kind",
-        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 30"
+        tags = "2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 30"
     )]
     pub kind: ::core::option::Option<stream_open::Kind>,
 }
 /// Nested message and enum types in `StreamOpen`.
 pub mod stream_open {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Kind {
         /// Guest to node, first stream of each guest-link session.
         #[prost(message, tag = "2")]
@@ -821,6 +821,18 @@ pub mod stream_open {
         /// Laptop to guest: what changed against the image (`tow diff`).
         #[prost(message, tag = "17")]
         Diff(super::DiffOpen),
+        /// Laptop to node: make an image of a sandbox (`tow save`).
+        #[prost(message, tag = "18")]
+        Save(super::SaveOpen),
+        /// Laptop to node: an image out of its store, as a tar archive.
+        #[prost(message, tag = "19")]
+        ImageExport(super::ImageExportOpen),
+        /// Laptop to node: send an image to a registry.
+        #[prost(message, tag = "20")]
+        ImagePush(super::ImagePushOpen),
+        /// Node to guest: what changed against the image, with all content.
+        #[prost(message, tag = "21")]
+        Layer(super::LayerOpen),
         /// Laptop to node: remove images that nobody uses. Answered by IMAGES_COLLECTED.
         #[prost(message, tag = "30")]
         ImageCollect(super::ImageCollectOpen),
@@ -1145,6 +1157,9 @@ pub struct FileChange {
     pub owner_differs: bool,
     #[prost(bool, tag = "10")]
     pub xattrs_differ: bool,
+    /// Nothing else: its other names are not those of the image's file.
+    #[prost(bool, tag = "11")]
+    pub links_differ: bool,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct PackageChange {
@@ -1182,6 +1197,176 @@ pub struct DiffDone {
     pub sockets: u64,
     #[prost(uint64, tag = "3")]
     pub volatile: u64,
+}
+/// ---- layer (node to guest) ----
+/// Answered by LAYER_PART, LAYER_DATA and LAYER_HOLE frames, then LAYER_DONE.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LayerOpen {}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LayerPart {
+    /// In the order of the paths' bytes over all parts. What a last file has beyond `content` follows as
+    /// LAYER_DATA and LAYER_HOLE frames, as much as its size says.
+    #[prost(message, repeated, tag = "1")]
+    pub entries: ::prost::alloc::vec::Vec<LayerEntry>,
+    /// Files looked at so far. A part without entries says that the walk goes on.
+    #[prost(uint64, tag = "2")]
+    pub looked_at: u64,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct LayerEntry {
+    /// Relative to the root, without a slash in front.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: ::prost::alloc::vec::Vec<u8>,
+    /// Unspecified: what the image has there is removed, with all beneath it.
+    #[prost(enumeration = "FileType", tag = "2")]
+    pub r#type: i32,
+    /// Permissions with setuid, setgid and sticky bit.
+    #[prost(uint32, tag = "3")]
+    pub mode: u32,
+    #[prost(uint32, tag = "4")]
+    pub uid: u32,
+    #[prost(uint32, tag = "5")]
+    pub gid: u32,
+    #[prost(int64, tag = "6")]
+    pub modified_s: i64,
+    /// Bytes of a regular file.
+    #[prost(uint64, tag = "7")]
+    pub size: u64,
+    /// All of a small file.
+    #[prost(bytes = "vec", tag = "8")]
+    pub content: ::prost::alloc::vec::Vec<u8>,
+    /// Of a symbolic link.
+    #[prost(bytes = "vec", tag = "9")]
+    pub target: ::prost::alloc::vec::Vec<u8>,
+    /// A regular file that is another name of this earlier one, and nothing else.
+    #[prost(bytes = "vec", tag = "10")]
+    pub hard_link: ::prost::alloc::vec::Vec<u8>,
+    #[prost(uint32, tag = "11")]
+    pub device_major: u32,
+    #[prost(uint32, tag = "12")]
+    pub device_minor: u32,
+    /// By name, in the order of bytes.
+    #[prost(message, repeated, tag = "13")]
+    pub xattrs: ::prost::alloc::vec::Vec<LayerXattr>,
+    /// Later entries may be other names of this regular file.
+    #[prost(bool, tag = "14")]
+    pub has_links: bool,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LayerXattr {
+    #[prost(bytes = "vec", tag = "1")]
+    pub name: ::prost::alloc::vec::Vec<u8>,
+    #[prost(bytes = "vec", tag = "2")]
+    pub value: ::prost::alloc::vec::Vec<u8>,
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LayerDone {
+    #[prost(uint64, tag = "1")]
+    pub looked_at: u64,
+    #[prost(uint64, tag = "2")]
+    pub sockets: u64,
+    #[prost(uint64, tag = "3")]
+    pub volatile: u64,
+    /// The workload was halted from before the first look until after the last: all is of one instant.
+    #[prost(bool, tag = "4")]
+    pub one_instant: bool,
+}
+/// ---- save (laptop to node) ----
+/// Answered by IMPORT_PROGRESS frames, then SAVED, SAVE_SECRETS or ERROR.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SaveOpen {
+    /// Seconds since 1970; later times become this. Absent: when the sandbox's image was made.
+    #[prost(uint64, optional, tag = "1")]
+    pub timestamp_s: ::core::option::Option<u64>,
+    /// Times stay as they are.
+    #[prost(bool, tag = "2")]
+    pub keep_times: bool,
+    #[prost(enumeration = "LayerCompression", tag = "3")]
+    pub compression: i32,
+    #[prost(message, optional, tag = "4")]
+    pub settings: ::core::option::Option<ImageSettings>,
+    #[prost(message, repeated, tag = "5")]
+    pub allowed_secrets: ::prost::alloc::vec::Vec<AllowedSecret>,
+}
+/// What an image says otherwise than the one that its sandbox was of. Absent or empty: as there.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImageSettings {
+    #[prost(message, optional, tag = "1")]
+    pub cmd: ::core::option::Option<ArgumentList>,
+    #[prost(message, optional, tag = "2")]
+    pub entrypoint: ::core::option::Option<ArgumentList>,
+    /// `NAME=value`.
+    #[prost(string, repeated, tag = "3")]
+    pub env: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "4")]
+    pub workdir: ::core::option::Option<::prost::alloc::string::String>,
+    #[prost(string, optional, tag = "5")]
+    pub user: ::core::option::Option<::prost::alloc::string::String>,
+    /// `NAME=value`.
+    #[prost(string, repeated, tag = "6")]
+    pub labels: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// For the history.
+    #[prost(string, tag = "7")]
+    pub message: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ArgumentList {
+    #[prost(string, repeated, tag = "1")]
+    pub arguments: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AllowedSecret {
+    /// Absolute; a directory means all beneath it.
+    #[prost(bytes = "vec", tag = "1")]
+    pub path: ::prost::alloc::vec::Vec<u8>,
+    #[prost(string, tag = "2")]
+    pub reason: ::prost::alloc::string::String,
+}
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Saved {
+    #[prost(string, tag = "1")]
+    pub digest: ::prost::alloc::string::String,
+    /// Compressed bytes of all layers.
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    #[prost(uint32, tag = "3")]
+    pub layers: u32,
+    /// Of the new layer, unless nothing changed.
+    #[prost(uint64, tag = "4")]
+    pub entries: u64,
+    #[prost(uint64, tag = "5")]
+    pub layer_bytes: u64,
+    #[prost(uint64, tag = "6")]
+    pub layer_unpacked_bytes: u64,
+    #[prost(uint64, tag = "7")]
+    pub sockets: u64,
+    #[prost(uint64, tag = "8")]
+    pub volatile: u64,
+    #[prost(bool, tag = "9")]
+    pub one_instant: bool,
+    /// Let through by the request.
+    #[prost(message, repeated, tag = "10")]
+    pub allowed: ::prost::alloc::vec::Vec<SecretFinding>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct SecretFinding {
+    /// Absolute; or what of the image's settings it is.
+    #[prost(bytes = "vec", tag = "1")]
+    pub place: ::prost::alloc::vec::Vec<u8>,
+    /// From 1; 0: the whole file.
+    #[prost(uint64, tag = "2")]
+    pub line: u64,
+    #[prost(string, tag = "3")]
+    pub rule: ::prost::alloc::string::String,
+}
+/// Secrets were found: there is no image.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct SaveSecrets {
+    #[prost(message, repeated, tag = "1")]
+    pub findings: ::prost::alloc::vec::Vec<SecretFinding>,
+    /// There were more.
+    #[prost(bool, tag = "2")]
+    pub more: bool,
 }
 /// Answered by EGRESS_OPENED or ERROR. After EGRESS_OPENED a TCP stream is raw bytes both ways, each
 /// half ended by its end; a UDP flow is EGRESS_DATAGRAM frames.
@@ -1557,6 +1742,55 @@ pub struct RegistryCredentials {
     #[prost(string, tag = "3")]
     pub identity_token: ::prost::alloc::string::String,
 }
+/// ---- image export ----
+/// Answered by EXPORT_DATA frames, of which an empty one says that the archive is whole.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImageExportOpen {
+    /// Of its manifest.
+    #[prost(string, tag = "1")]
+    pub digest: ::prost::alloc::string::String,
+    /// What the archive calls it; empty: nothing.
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+}
+/// ---- image push ----
+/// Answered by IMPORT_PROGRESS frames and at last PUSHED.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImagePushOpen {
+    /// Of its manifest.
+    #[prost(string, tag = "1")]
+    pub digest: ::prost::alloc::string::String,
+    /// Where it goes: `host\[:port\]/path\[:tag|@digest\]`, or a name of the default registry.
+    #[prost(string, tag = "2")]
+    pub reference: ::prost::alloc::string::String,
+    /// As for a pull.
+    #[prost(message, optional, tag = "3")]
+    pub credentials: ::core::option::Option<RegistryCredentials>,
+    #[prost(bool, tag = "4")]
+    pub insecure: bool,
+    /// Names of images that may have some of its layers: a registry that has them already is asked to
+    /// take them from there.
+    #[prost(string, repeated, tag = "5")]
+    pub mount_from: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct ImagePushed {
+    #[prost(string, tag = "1")]
+    pub digest: ::prost::alloc::string::String,
+    /// Written out in full.
+    #[prost(string, tag = "2")]
+    pub reference: ::prost::alloc::string::String,
+    #[prost(uint64, tag = "3")]
+    pub bytes_sent: u64,
+    #[prost(uint32, tag = "4")]
+    pub blobs_sent: u32,
+    /// Were there already.
+    #[prost(uint32, tag = "5")]
+    pub blobs_there: u32,
+    /// Taken over from another repository of the registry.
+    #[prost(uint32, tag = "6")]
+    pub blobs_mounted: u32,
+}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
 pub enum StreamErrorCode {
@@ -1750,6 +1984,35 @@ impl FileChangeKind {
         }
     }
 }
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
+#[repr(i32)]
+pub enum LayerCompression {
+    Unspecified = 0,
+    Zstd = 1,
+    Gzip = 2,
+}
+impl LayerCompression {
+    /// String value of the enum field names used in the ProtoBuf definition.
+    ///
+    /// The values are not transformed in any way and thus are considered stable
+    /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+    pub fn as_str_name(&self) -> &'static str {
+        match self {
+            Self::Unspecified => "LAYER_COMPRESSION_UNSPECIFIED",
+            Self::Zstd => "LAYER_COMPRESSION_ZSTD",
+            Self::Gzip => "LAYER_COMPRESSION_GZIP",
+        }
+    }
+    /// Creates an enum from field names used in the ProtoBuf definition.
+    pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+        match value {
+            "LAYER_COMPRESSION_UNSPECIFIED" => Some(Self::Unspecified),
+            "LAYER_COMPRESSION_ZSTD" => Some(Self::Zstd),
+            "LAYER_COMPRESSION_GZIP" => Some(Self::Gzip),
+            _ => None,
+        }
+    }
+}
 /// ---- egress (guest to node) ----
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ::prost::Enumeration)]
 #[repr(i32)]
@@ -1812,7 +2075,7 @@ pub mod daemon_request {
         ListPorts(super::ListPorts),
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct OpenSandboxStream {
     /// An id (16 bytes) or a name.
     #[prost(bytes = "vec", tag = "1")]

@@ -104,12 +104,18 @@ impl Registry {
     /// The layers of an image in it, as skopeo sees them.
     #[track_caller]
     pub fn layers(&self, name: &str) -> Vec<String> {
+        self.layers_of(name, "latest")
+    }
+
+    /// The same under another tag.
+    #[track_caller]
+    pub fn layers_of(&self, name: &str, tag: &str) -> Vec<String> {
         let mut command = Command::new("skopeo");
         command.args(["inspect", "--raw", "--tls-verify=false"]);
         if self.login {
             command.arg("--creds").arg(format!("{}:{}", USER.0, USER.1));
         }
-        command.arg(format!("docker://{}/{name}:latest", self.address()));
+        command.arg(format!("docker://{}/{name}:{tag}", self.address()));
         let raw = Running::start(&mut command, None).finish(BOUND).ok();
         let manifest: serde_json::Value = serde_json::from_slice(&raw.stdout).expect("a manifest");
         let layers = manifest["layers"].as_array().expect("its layers");

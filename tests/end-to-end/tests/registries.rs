@@ -168,3 +168,80 @@ fn a_registry_with_logins_and_archives_of_docker() {
         cluster.tow(["run", "--rm", "--no-sync", "--image", "saved:1"]).finish(BOOT).ok().out();
     assert_eq!(shown, PRINTED);
 }
+
+#[test]
+fn an_image_goes_out_to_a_registry_and_to_files() {
+    let cluster = match Cluster::prepare().map(Cluster::with_own_images) {
+        Ok(cluster) => cluster,
+        Err(why) => skipped!("{why}"),
+    };
+    let registry = match Registry::start(&cluster.root().join("registry"), true) {
+        Ok(registry) => registry,
+        Err(why) => skipped!("{why}"),
+    };
+    let layout = image(cluster.root(), b"no program");
+    cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+    let import = |path: &Path, name: &str| {
+        cluster.tow(["image", "import", path.to_str().unwrap(), name]).finish(SHORT).ok().out()
+    };
+    let digest = import(&layout, "app:1");
+    let target = format!("{}/team/app:1", registry.address());
+    let push = |name: &str, target: &str| {
+        cluster.tow(["image", "push", "--json", name, target]).finish(SHORT)
+    };
+    let failed = push("app:1", &target).expect(1);
+    let hint = format!("`docker login {}`", registry.address());
+    assert!(failed.err().contains("wants a login to write to team/app"), "{}", failed.err());
+    assert!(failed.err().contains(&hint), "{}", failed.err());
+    let docker = cluster.home().join(".docker");
+    fs::create_dir_all(&docker).unwrap();
+    // alice:s3cret
+    let auths = json!({"auths": {registry.address(): {"auth": "YWxpY2U6czNjcmV0"}}});
+    fs::write(docker.join("config.json"), auths.to_string()).unwrap();
+    let told = |finished: towline_end_to_end::Finished| {
+        serde_json::from_str::<serde_json::Value>(&finished.ok().out()).unwrap()
+    };
+    let pushed = told(push("app:1", &target));
+    assert_eq!((&pushed["blobs_sent"], &pushed["digest"]), (&json!(3), &json!(digest)));
+    assert_eq!(registry.layers_of("team/app", "1").len(), 2);
+    let again = told(push("app:1", &target));
+    assert_eq!((&again["blobs_sent"], &again["bytes_sent"]), (&json!(0), &json!(0)));
+    // Under its own name by now: the registry has its layers in the other repository.
+    let other = format!("{}/other/app:2", registry.address());
+    for name in [&target, &other] {
+        cluster.tow(["image", "tag", "app:1", name]).finish(SHORT).ok();
+    }
+    let mounted = told(cluster.tow(["image", "push", "--json", &other]).finish(SHORT));
+    assert_eq!((&mounted["blobs_sent"], &mounted["blobs_mounted"]), (&json!(0), &json!(3)));
+    assert!(!cluster.logs().contains("s3cret"), "no log knows a password");
+
+    let export = |to: &str| cluster.tow(["image", "export", "app:1", to]).finish(SHORT);
+    let at = |name: &str| cluster.root().join(name);
+    let (archive, folder) = (at("out.tar"), at("out"));
+    assert_eq!(export(archive.to_str().unwrap()).ok().out(), digest);
+    assert_eq!(export(folder.to_str().unwrap()).ok().out(), digest);
+    assert!(export("-").ok().stdout == fs::read(&archive).unwrap(), "the same bytes");
+    assert_eq!(import(&archive, "again:1"), digest);
+    assert_eq!(import(&folder, "again:2"), digest);
+    let failed = export(folder.to_str().unwrap()).expect(1);
+    assert!(failed.err().contains("is not empty"), "{}", failed.err());
+    let failed = cluster.tow(["image", "export", "nope", "x.tar"]).finish(SHORT).expect(1);
+    assert!(failed.err().contains("there is no image `nope`"), "{}", failed.err());
+
+    // A blob that its disk has damaged leaves nothing behind.
+    let blobs = fs::read_dir(cluster.cache().join("images/blobs/sha256")).unwrap();
+    let blobs = blobs.map(|entry| entry.unwrap().path());
+    let largest = blobs.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let mut bytes = fs::read(&largest).unwrap();
+    bytes[1 << 20] ^= 1;
+    fs::write(&largest, bytes).unwrap();
+    for to in ["bad.tar", "bad"] {
+        let failed = export(at(to).to_str().unwrap()).expect(1);
+        assert!(failed.err().contains("is damaged on this node"), "{}", failed.err());
+        assert!(!at(to).exists(), "{to}");
+    }
+    let failed = export("-").expect(1);
+    assert!(failed.stdout.len() > 1 << 20, "what was read until then went out");
+    let left = fs::read_dir(cluster.root()).unwrap().flatten();
+    assert!(left.into_iter().all(|e| !e.file_name().to_string_lossy().starts_with(".tow-export")));
+}

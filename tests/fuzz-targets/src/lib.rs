@@ -31,6 +31,11 @@ pub fn frames(bytes: &[u8]) {
         drop(frame.decode::<v1::ExecList>());
         drop(frame.decode::<v1::DiffPart>());
         drop(frame.decode::<v1::DiffDone>());
+        drop(frame.decode::<v1::SaveOpen>());
+        drop(frame.decode::<v1::Saved>());
+        drop(frame.decode::<v1::SaveSecrets>());
+        drop(frame.decode::<v1::LayerPart>());
+        drop(frame.decode::<v1::LayerDone>());
         drop(frame.decode::<v1::SignedTicket>());
     }
 }
@@ -134,6 +139,11 @@ pub fn docker_documents(bytes: &[u8]) {
 /// A layer's tar archive, normalised into a sink.
 pub fn layer_archives(bytes: &[u8]) {
     towline_images::fuzzing::layer_archive(bytes);
+}
+
+/// What a guest tells of its files for `tow save`.
+pub fn layer_streams(bytes: &[u8]) {
+    towline_images::fuzzing::layer_stream(bytes);
 }
 
 /// A guest's FUSE requests to the local image, and the manifest that a restarted node agent reads.

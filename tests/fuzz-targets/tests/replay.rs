@@ -31,7 +31,7 @@ macro_rules! replays {
 }
 
 replays! {
-    frames guest_messages oci_documents registry_answers docker_documents layer_archives
+    frames guest_messages oci_documents registry_answers docker_documents layer_archives layer_streams
     fuse_requests sync_frames tcp_frames copy_archives egress workload_packets dns_questions
     helper_requests
 }

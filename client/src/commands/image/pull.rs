@@ -86,19 +86,33 @@ async fn fetch(
     context: &str,
     env: &Env,
 ) -> anyhow::Result<v1::ImageImported> {
-    let reference: Reference = name.parse().map_err(|error| {
-        Failure::usage(format!("`{name}` is not an image reference: {error}"))
-            .hint("for example debian:12 or ghcr.io/owner/name:tag")
-    })?;
-    let (credentials, warnings) =
-        registry_login::find(reference.registry(), reference.repository()).await;
-    for warning in warnings {
-        env.printer.warning(format!("{:#}", anyhow::Error::from(warning)));
-    }
+    let credentials = login(&reference(name)?, env).await;
     let guest = Guest::image_store(env, context)?;
     let progress = env.printer.progress(format!("pulling {name}"));
     let show =
         |step: &v1::ImageImportProgress| progress.set(super::describe("pulling", name, step));
     let open = v1::ImagePullOpen { reference: name.to_owned(), credentials, insecure };
     pull::run(&guest, open, show).await
+}
+
+/// What was typed, as docker reads it.
+pub(super) fn reference(name: &str) -> anyhow::Result<Reference> {
+    name.parse().map_err(|error| {
+        Failure::usage(format!("`{name}` is not an image reference: {error}"))
+            .hint("for example debian:12 or ghcr.io/owner/name:tag")
+            .into()
+    })
+}
+
+/// This user's login to an image's registry; what of it cannot be read is said.
+pub(in crate::commands) async fn login(
+    reference: &Reference,
+    env: &Env,
+) -> Option<v1::RegistryCredentials> {
+    let (credentials, warnings) =
+        registry_login::find(reference.registry(), reference.repository()).await;
+    for warning in warnings {
+        env.printer.warning(format!("{:#}", anyhow::Error::from(warning)));
+    }
+    credentials
 }

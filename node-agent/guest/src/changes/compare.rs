@@ -20,9 +20,18 @@ const PIECE: u64 = 256 << 10;
 
 /// A file that was opened as itself, whatever it is.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(crate) struct Found {
     fd: OwnedFd,
-    pub(super) meta: Meta,
+    pub(crate) meta: Meta,
+    pub(crate) node: Node,
+}
+
+/// Which file it is, whatever its names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Node {
+    /// Of the file system.
+    device: u64,
+    inode: u64,
 }
 
 /// What a name stands for.
@@ -63,7 +72,10 @@ pub(super) fn look(folder: &OwnedFd, name: &[u8]) -> io::Result<Look> {
     // A link's mode means nothing.
     let mode = if kind == Kind::Symlink { 0o777 } else { stat.st_mode & 0o7777 };
     let (uid, gid) = (stat.st_uid, stat.st_gid);
-    Ok(Look::File(Found { fd, meta: Meta { kind, mode, uid, gid, size, device } }))
+    let (links, modified_s) = (stat.st_nlink, stat.st_mtime);
+    let meta = Meta { kind, mode, uid, gid, size, device, links, modified_s };
+    let node = Node { device: stat.st_dev, inode: stat.st_ino };
+    Ok(Look::File(Found { fd, meta, node }))
 }
 
 /// Whether overlayfs hides what is below this directory.
@@ -81,6 +93,11 @@ pub(super) fn is_opaque(folder: BorrowedFd<'_>) -> io::Result<bool> {
 }
 
 impl Found {
+    /// Opens a regular file's content.
+    pub(crate) fn content(&self) -> io::Result<File> {
+        Ok(self.open(OFlags::empty())?.into())
+    }
+
     /// Opens it for reading: the same file, whatever has its name now.
     fn open(&self, flags: OFlags) -> io::Result<OwnedFd> {
         let flags = flags | OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -116,6 +133,7 @@ impl Found {
             mode: now.mode != before.mode,
             owner: (now.uid, now.gid) != (before.uid, before.gid),
             xattrs: self.xattrs()? != below.xattrs()?,
+            links: false,
         })
     }
 
@@ -129,7 +147,7 @@ impl Found {
             return Ok(true);
         }
         // No more of either is read than it had: one may grow for ever.
-        let open = |file: &Self| io::Result::Ok(File::from(file.open(OFlags::empty())?).take(size));
+        let open = |file: &Self| io::Result::Ok(file.content()?.take(size));
         let (mut one, mut other) = (open(self)?, open(below)?);
         let (mut now, mut before) = (Vec::new(), Vec::new());
         loop {
@@ -145,13 +163,14 @@ impl Found {
         }
     }
 
-    fn target(&self) -> io::Result<Vec<u8>> {
+    /// Where a symbolic link leads to.
+    pub(crate) fn target(&self) -> io::Result<Vec<u8>> {
         let target = rustix::fs::readlinkat(&self.fd, "", Vec::new())?;
         Ok(target.into_bytes())
     }
 
     /// Its extended attributes but overlayfs' own.
-    fn xattrs(&self) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
+    pub(crate) fn xattrs(&self) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
         let path = own_path(self.fd.as_fd());
         let mut names = vec![0; XATTR_MAX];
         let len = match rustix::fs::listxattr(&path, &mut names[..]) {

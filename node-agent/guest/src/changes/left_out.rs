@@ -78,7 +78,10 @@ mod tests {
     #[test]
     fn what_the_agent_makes_is_known_with_its_parents() {
         let own = OwnPaths::new([&b"/home/ann//work"[..], b"/"]);
-        let meta = |kind, mode| Meta { kind, mode, uid: 7, gid: 7, size: 0, device: 0 };
+        let meta = |kind, mode| {
+            let (uid, gid, size, device, links, modified_s) = (7, 7, 0, 0, 1, 0);
+            Meta { kind, mode, uid, gid, size, device, links, modified_s }
+        };
         let folder = meta(Kind::Directory, 0o755);
         for path in ["home", "home/ann", "home/ann/work", "etc", "usr/lib/modules"] {
             assert!(own.could_have_made(path.as_bytes(), &folder), "{path}");

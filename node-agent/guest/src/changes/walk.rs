@@ -8,6 +8,7 @@ use rustix::fs::Dir;
 use towline_proto::limits::PATH_DEPTH_MAX;
 
 use super::compare::{Found, Look, is_opaque, look};
+use super::links::Links;
 use super::{Change, Differs, Kind, LeftOut, OwnPaths, Visitor, WalkError, What};
 
 /// Entries of one directory.
@@ -20,13 +21,15 @@ pub(crate) fn walk(
     own: &OwnPaths,
     visitor: &mut dyn Visitor,
 ) -> Result<(), WalkError> {
-    let mut walk = Walk { own, visitor, path: Vec::new(), depth: 0 };
+    let links = Links::new(upper, below);
+    let mut walk = Walk { own, visitor, links, path: Vec::new(), depth: 0 };
     walk.folder(upper, Some(below), false)
 }
 
 struct Walk<'a> {
     own: &'a OwnPaths,
     visitor: &'a mut dyn Visitor,
+    links: Links<'a>,
     /// Where it is, relative to the root.
     path: Vec<u8>,
     depth: usize,
@@ -117,16 +120,19 @@ impl Walk<'_> {
             Some(before) => {
                 let path = &self.path;
                 let visitor = &mut *self.visitor;
-                let differs = found
+                let mut differs = found
                     .differs(&before, &mut || visitor.looked(false).map_err(Stop::Walk))
                     .map_err(|stop| stop.at(path))?;
+                if differs == Differs::default() {
+                    differs.links = self.links.differ(path, &found, &before)?;
+                }
                 let before = before.meta;
                 let changed = What::Changed { before, now, differs };
                 (differs != Differs::default()).then_some(changed)
             }
         };
         if let Some(what) = what {
-            self.visitor.change(Change { path: self.path.clone(), what })?;
+            self.visitor.change(Change { path: self.path.clone(), what }, Some(&found))?;
         }
         Ok(now.kind == Kind::Directory)
     }
@@ -173,7 +179,7 @@ impl Walk<'_> {
     fn removed(&mut self, before: Option<&Found>) -> Result<(), WalkError> {
         let Some(before) = before else { return Ok(()) };
         let what = What::Removed(before.meta);
-        self.visitor.change(Change { path: self.path.clone(), what })
+        self.visitor.change(Change { path: self.path.clone(), what }, None)
     }
 
     /// Whether the guest agent made this and nobody put anything there.
@@ -208,24 +214,30 @@ impl Walk<'_> {
     }
 
     fn names(&self, folder: &OwnedFd) -> Result<BTreeSet<Vec<u8>>, WalkError> {
-        let mut names = BTreeSet::new();
-        for entry in Dir::read_from(folder).map_err(|error| self.at(error.into()))? {
-            let entry = entry.map_err(|error| self.at(error.into()))?;
-            let name = entry.file_name().to_bytes();
-            if name == b"." || name == b".." {
-                continue;
-            }
-            if names.len() == ENTRIES_MAX {
-                return Err(WalkError::TooMany { path: self.path.clone(), max: ENTRIES_MAX });
-            }
-            names.insert(name.to_vec());
-        }
-        Ok(names)
+        names(folder, &self.path)
     }
 
     fn at(&self, source: io::Error) -> WalkError {
         WalkError::At { path: self.path.clone(), source }
     }
+}
+
+/// The names in a directory, which is at this path.
+pub(super) fn names(folder: &OwnedFd, path: &[u8]) -> Result<BTreeSet<Vec<u8>>, WalkError> {
+    let at = |source| WalkError::At { path: path.to_vec(), source };
+    let mut names = BTreeSet::new();
+    for entry in Dir::read_from(folder).map_err(|error| at(error.into()))? {
+        let entry = entry.map_err(|error| at(error.into()))?;
+        let name = entry.file_name().to_bytes();
+        if name == b"." || name == b".." {
+            continue;
+        }
+        if names.len() == ENTRIES_MAX {
+            return Err(WalkError::TooMany { path: path.to_vec(), max: ENTRIES_MAX });
+        }
+        names.insert(name.to_vec());
+    }
+    Ok(names)
 }
 
 /// Why a comparison ended: itself, or the walk.
@@ -271,19 +283,24 @@ mod tests {
     }
 
     impl Visitor for Told {
-        fn change(&mut self, Change { path, what }: Change) -> Result<(), WalkError> {
+        fn change(
+            &mut self,
+            Change { path, what }: Change,
+            _: Option<&Found>,
+        ) -> Result<(), WalkError> {
             let path = String::from_utf8_lossy(&path);
             self.changes.push(match what {
                 What::Added(_) => format!("A {path}"),
                 What::Removed(_) => format!("D {path}"),
                 What::Changed { differs, .. } => {
-                    let Differs { kind, content, mode, owner, xattrs } = differs;
+                    let Differs { kind, content, mode, owner, xattrs, links } = differs;
                     let names = [
                         (kind, "kind"),
                         (content, "content"),
                         (mode, "mode"),
                         (owner, "owner"),
                         (xattrs, "xattrs"),
+                        (links, "links"),
                     ];
                     let names: Vec<_> = names.iter().filter(|(is, _)| *is).map(|n| n.1).collect();
                     format!("C {path} {}", names.join(","))
@@ -401,6 +418,33 @@ mod tests {
         assert_eq!(told(&upper, &below).changes, ["C a xattrs"]);
         assert!(set("user.x", &below.join("a")));
         assert_eq!(told(&upper, &below).changes, [""; 0]);
+    }
+
+    /// `ln same other` copies the file up as it is: only its names are new.
+    #[test]
+    fn a_file_whose_names_are_others_is_told_with_all_of_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let (upper, below) = (dir.path().join("upper"), dir.path().join("below"));
+        for tree in [&upper, &below] {
+            fs::create_dir_all(tree.join("d")).unwrap();
+            for (name, other) in [("a", "d/a"), ("e", "d/e"), ("k", "tmp/k")] {
+                fs::write(tree.join(name), name).unwrap();
+                fs::create_dir_all(tree.join("tmp")).unwrap();
+                fs::hard_link(tree.join(name), tree.join(other)).unwrap();
+            }
+            fs::write(tree.join("b"), "b").unwrap();
+            fs::write(tree.join("f"), "f").unwrap();
+        }
+        fs::write(below.join("d/f"), "f").unwrap();
+        fs::remove_file(below.join("d/e")).unwrap();
+        fs::write(below.join("d/e"), "e").unwrap();
+        // As below; one more name; two that were two files; one that nobody looks at.
+        fs::hard_link(upper.join("b"), upper.join("d/b")).unwrap();
+        fs::hard_link(upper.join("f"), upper.join("tmp/f")).unwrap();
+        assert_eq!(
+            told(&upper, &below).changes,
+            ["C b links", "A d/b", "C d/e links", "C e links"]
+        );
     }
 
     #[expect(clippy::print_stderr, reason = "a skipped test says why")]

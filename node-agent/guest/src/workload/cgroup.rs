@@ -9,6 +9,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
@@ -50,6 +51,24 @@ pub struct Cgroups {
     base: PathBuf,
     limits: Limits,
     memory: Memory,
+    halts: Mutex<Halts>,
+}
+
+/// What the workload is halted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Halt {
+    /// A copy of the whole guest. In the copy nothing may run before it has become another one,
+    /// whatever else it was halted for.
+    Fork,
+    /// A look at its files.
+    Save,
+}
+
+/// For what it is halted now: it goes on when that is nothing any more.
+#[derive(Debug, Default)]
+struct Halts {
+    fork: bool,
+    saves: u32,
 }
 
 /// Who tells that memory has run out.
@@ -97,7 +116,7 @@ impl Cgroups {
                 Memory::Own
             }
         };
-        Ok(Self { base: base.to_owned(), limits, memory })
+        Ok(Self { base: base.to_owned(), limits, memory, halts: Mutex::default() })
     }
 
     /// The cgroup of the workload's init.
@@ -110,16 +129,25 @@ impl Cgroups {
     }
 
     /// Halts all processes of the workload, and those that are started meanwhile.
-    pub(crate) async fn freeze(&self) -> io::Result<()> {
+    pub(crate) async fn freeze(&self, halt: Halt) -> io::Result<()> {
+        {
+            let mut halts = self.halts();
+            match halt {
+                Halt::Fork => halts.fork = true,
+                Halt::Save => halts.saves += 1,
+            }
+        }
+        // Whoever does not wait to the end has not halted it.
+        let mut given_up = Thaw { cgroups: self, halt, armed: true };
         fs::write(self.workload().join(FREEZE), "1")?;
         let until = Instant::now() + FREEZE_MAX;
         loop {
             let events = fs::read_to_string(self.workload().join("cgroup.events"))?;
             if events.lines().any(|line| line == "frozen 1") {
+                given_up.armed = false;
                 return Ok(());
             }
             if Instant::now() >= until {
-                self.thaw()?;
                 let bound = FREEZE_MAX.as_secs();
                 let what = format!("a process of it did not halt within {bound} s");
                 return Err(io::Error::other(what));
@@ -128,9 +156,21 @@ impl Cgroups {
         }
     }
 
-    /// Lets them go on.
-    pub(crate) fn thaw(&self) -> io::Result<()> {
-        fs::write(self.workload().join(FREEZE), "0")
+    /// Lets them go on, unless they are halted for something else too.
+    pub(crate) fn thaw(&self, halt: Halt) -> io::Result<()> {
+        let mut halts = self.halts();
+        match halt {
+            Halt::Fork => halts.fork = false,
+            Halt::Save => halts.saves = halts.saves.saturating_sub(1),
+        }
+        match halts.fork || halts.saves > 0 {
+            true => Ok(()),
+            false => fs::write(self.workload().join(FREEZE), "0"),
+        }
+    }
+
+    fn halts(&self) -> std::sync::MutexGuard<'_, Halts> {
+        self.halts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A cgroup for one exec.
@@ -192,6 +232,21 @@ impl Cgroups {
                 return false;
             }
             sleep(LOOK).await;
+        }
+    }
+}
+
+/// Lets the workload go on when it is dropped.
+struct Thaw<'a> {
+    cgroups: &'a Cgroups,
+    halt: Halt,
+    armed: bool,
+}
+
+impl Drop for Thaw<'_> {
+    fn drop(&mut self) {
+        if self.armed {
+            let _ = self.cgroups.thaw(self.halt);
         }
     }
 }
@@ -262,7 +317,38 @@ fn human(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::human;
+    use super::*;
+
+    /// The kernel's part, done by the test: a workload that halts as soon as it is told to.
+    #[tokio::test]
+    async fn what_is_halted_for_two_reasons_goes_on_after_both() {
+        let dir = tempfile::tempdir().unwrap();
+        let workload = dir.path().join("workload");
+        fs::create_dir(&workload).unwrap();
+        fs::write(workload.join("cgroup.events"), "populated 1\nfrozen 1\n").unwrap();
+        let cgroups = Cgroups {
+            base: dir.path().to_owned(),
+            limits: Limits { processes: 1, memory: 1 },
+            memory: Memory::Untold,
+            halts: Mutex::default(),
+        };
+        let is_halted = || fs::read(workload.join(FREEZE)).unwrap() == b"1";
+        cgroups.freeze(Halt::Save).await.unwrap();
+        cgroups.freeze(Halt::Fork).await.unwrap();
+        // A copy: the one who saved has gone, and it has not become another one yet.
+        cgroups.thaw(Halt::Save).unwrap();
+        assert!(is_halted());
+        cgroups.thaw(Halt::Fork).unwrap();
+        assert!(!is_halted());
+        for _ in 0..2 {
+            cgroups.freeze(Halt::Save).await.unwrap();
+        }
+        cgroups.thaw(Halt::Fork).unwrap();
+        cgroups.thaw(Halt::Save).unwrap();
+        assert!(is_halted());
+        cgroups.thaw(Halt::Save).unwrap();
+        assert!(!is_halted());
+    }
 
     #[test]
     fn sizes_read_well() {

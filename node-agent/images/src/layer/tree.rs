@@ -429,6 +429,8 @@ fn clean(path: &[u8], may_begin_with_slash: bool) -> Result<Vec<u8>, String> {
         if *name == b".." {
             return Err("a path with `..` in it".into());
         }
+        // The mark of what is removed is in front of a name as long as any.
+        let name = name.strip_prefix(b".wh.").unwrap_or(name);
         if name.len() > limits::NAME_MAX {
             return Err("a name longer than 255 bytes".into());
         }

@@ -1,14 +1,16 @@
-//! What a pull has done so far, written by its many tasks and read by whoever waits for it.
+//! What a pull or push has done so far, written by its many tasks and read by whoever waits for it.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::Progress;
 
-/// The state of one pull.
+/// The state of one pull or push.
 #[derive(Debug, Default)]
 pub(crate) struct Board {
     layers: Vec<Line>,
+    /// Where layers are that are done.
+    place: &'static str,
     /// What is being unpacked.
     unpacking: Mutex<String>,
 }
@@ -24,9 +26,16 @@ pub(crate) struct Line {
 }
 
 impl Board {
+    /// For layers that come here.
     pub(crate) fn new(sizes: impl IntoIterator<Item = u64>) -> Board {
         let line = |size| Line { size, ..Line::default() };
-        Board { layers: sizes.into_iter().map(line).collect(), unpacking: Mutex::default() }
+        let layers = sizes.into_iter().map(line).collect();
+        Board { layers, place: "here", unpacking: Mutex::default() }
+    }
+
+    /// For layers that go there.
+    pub(crate) fn sending(sizes: impl IntoIterator<Item = u64>) -> Board {
+        Board { place: "there", ..Board::new(sizes) }
     }
 
     pub(crate) fn line(&self, number: usize) -> &Line {
@@ -46,7 +55,7 @@ impl Board {
             let stage = if unpacking.is_empty() { "checking".into() } else { unpacking };
             return Progress { stage, done: 0, total: 0 };
         }
-        let mut stage = format!("{done} of {count} layers here");
+        let mut stage = format!("{done} of {count} layers {}", self.place);
         if !unpacking.is_empty() {
             stage.push_str(&format!(", {unpacking}"));
         }

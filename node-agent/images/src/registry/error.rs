@@ -152,7 +152,7 @@ pub enum PullError {
     #[error(transparent)]
     Image(#[from] ImageError),
     /// A task of ours ended early.
-    #[error("the pull was interrupted")]
+    #[error("it was interrupted")]
     Interrupted,
 }
 

@@ -1,8 +1,8 @@
-//! How patient a pull is: waits between tries and bounds on slow registries.
+//! How patient a pull or push is: waits between tries and bounds on slow registries.
 
 use std::time::Duration;
 
-/// Bounds in time of one pull.
+/// Bounds in time of one pull or push.
 #[derive(Debug, Clone)]
 pub struct Pace {
     /// Tries of one request that fail one after the other without progress.
@@ -19,9 +19,11 @@ pub struct Pace {
     pub document: Duration,
     /// A blob must bring at least [`SLOWEST`] bytes in this time.
     pub window: Duration,
+    /// From the last byte of an upload to its answer: some registries copy a blob before they do.
+    pub settle: Duration,
 }
 
-/// Bytes that a blob's download must bring in each window.
+/// Bytes of a blob that must come or go in each window.
 pub(crate) const SLOWEST: u64 = 64 << 10;
 /// Bytes that count as progress: the count of failed tries begins anew.
 pub(crate) const PROGRESS: u64 = 1 << 20;
@@ -36,6 +38,7 @@ impl Default for Pace {
             read: Duration::from_secs(30),
             document: Duration::from_secs(60),
             window: Duration::from_secs(60),
+            settle: Duration::from_secs(600),
         }
     }
 }

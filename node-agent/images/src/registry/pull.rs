@@ -80,6 +80,7 @@ impl Puller {
             insecure: request.insecure,
             private: &self.private,
             pace: self.pace.clone(),
+            scopes: vec![format!("repository:{}:pull", reference.repository)],
         };
         let session = Session::open(&reference, options).await?;
         let chosen = manifest::choose(&session, &self.store, &reference).await?;

@@ -72,6 +72,19 @@ impl Reference {
     }
 }
 
+/// Returns how docker would show a name, and the same written out in full; nothing for what cannot be
+/// a name of docker's: a digest, or what its grammar does not know.
+pub(crate) fn names(text: &str) -> Option<(String, String)> {
+    if text.starts_with("sha256:") {
+        return None;
+    }
+    let reference = Reference::parse(text).ok()?;
+    let Version::Tag(_) = reference.version else { return None };
+    let whole = reference.to_string();
+    let short = whole.strip_prefix("docker.io/").map(|s| s.strip_prefix("library/").unwrap_or(s));
+    Some((short.unwrap_or(&whole).to_owned(), whole))
+}
+
 impl fmt::Display for Reference {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", self.registry, self.repository)?;
@@ -104,6 +117,21 @@ mod tests {
         }
         let reference = Reference::parse(&format!("reg:5000/x:tag@{digest}")).unwrap();
         assert_eq!(reference.to_string(), format!("reg:5000/x@{digest}"));
+    }
+
+    #[test]
+    fn images_are_called_as_docker_calls_them() {
+        for (text, short, whole) in [
+            ("debian", "debian:latest", "docker.io/library/debian:latest"),
+            ("docker.io/a/b:1", "a/b:1", "docker.io/a/b:1"),
+            ("127.0.0.1:5000/x", "127.0.0.1:5000/x:latest", "127.0.0.1:5000/x:latest"),
+        ] {
+            assert_eq!(names(text), Some((short.into(), whole.into())), "{text}");
+        }
+        let digest = format!("sha256:{}", "a".repeat(64));
+        for text in ["", "A B", &digest, &format!("x@{digest}")] {
+            assert_eq!(names(text), None, "{text}");
+        }
     }
 
     #[test]

@@ -6,15 +6,19 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use reqwest::header::{
-    ACCEPT, AUTHORIZATION, HeaderMap, HeaderValue, LOCATION, RANGE, RETRY_AFTER, WWW_AUTHENTICATE,
+    ACCEPT, AUTHORIZATION, CONTENT_LENGTH, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE,
+    RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use reqwest::{Method, Request, Response, StatusCode, Url};
 use serde::Deserialize;
+use std::ops::Range;
 use std::time::Duration;
 use tokio::sync::Mutex;
 
 use super::challenge::{Challenge, challenges};
+use super::content::Content;
 use super::credentials::Credentials;
 use super::error::PullError;
 use super::pace::Pace;
@@ -38,6 +42,8 @@ pub(crate) struct Session {
     repository: String,
     base: Url,
     credentials: Option<Credentials>,
+    /// Rights that tokens are asked for; the first one is needed, the others are of use.
+    scopes: Vec<String>,
     /// What is shown with each request; renewed by one task at a time.
     authorization: Mutex<Option<HeaderValue>>,
 }
@@ -49,9 +55,31 @@ pub(crate) struct Options<'a> {
     pub(crate) insecure: bool,
     pub(crate) private: &'a Private,
     pub(crate) pace: Pace,
+    /// In the words of docker's token specification; at least one.
+    pub(crate) scopes: Vec<String>,
 }
 
-/// What a request is for.
+/// A request of any kind.
+#[derive(Debug)]
+pub(crate) struct Ask<'a> {
+    pub(crate) method: Method,
+    pub(crate) url: Url,
+    pub(crate) headers: Vec<(HeaderName, String)>,
+    pub(crate) body: Body<'a>,
+    /// In words, for errors.
+    pub(crate) what: &'a str,
+}
+
+/// What a request brings along; the same again when it is sent again.
+#[derive(Debug)]
+pub(crate) enum Body<'a> {
+    Nothing,
+    Bytes(Bytes),
+    /// A part of a blob.
+    Part(&'a Content, Range<u64>),
+}
+
+/// What a download is for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Get<'a> {
     /// Below `/v2/REPOSITORY/`.
@@ -71,7 +99,7 @@ impl Session {
         reference: &Reference,
         options: Options<'_>,
     ) -> Result<Session, PullError> {
-        let Options { credentials, insecure, private, pace } = options;
+        let Options { credentials, insecure, private, pace, scopes } = options;
         let (host, port) = (&reference.host, reference.port);
         let transport = Transport::to(host, port.unwrap_or(443), private, &pace).await?;
         let local = host.parse().is_ok_and(|a| reach::class(a) == Some(reach::Class::Loopback))
@@ -89,6 +117,7 @@ impl Session {
             repository: reference.repository.clone(),
             base: url("https")?,
             credentials,
+            scopes,
             authorization: Mutex::new(None),
         };
         let mut greeted = session.greet().await;
@@ -161,13 +190,24 @@ impl Session {
         }
     }
 
-    /// Asks once; returns an answer with a successful status.
+    /// Asks for a document or a blob; returns an answer with a successful status.
     pub(crate) async fn get(&self, get: Get<'_>) -> Result<Response, PullError> {
-        let url = self.join(&format!("/v2/{}/{}", self.repository, get.path))?;
+        let url = self.url(get.path)?;
+        let mut headers = Vec::new();
+        headers.extend(get.accept.map(|accept| (ACCEPT, accept.to_owned())));
+        if get.from > 0 {
+            headers.push((RANGE, format!("bytes={}-", get.from)));
+        }
+        let (method, body) = (Method::GET, Body::Nothing);
+        self.ask(&Ask { method, url, headers, body, what: get.what }).await
+    }
+
+    /// Asks once; returns an answer with a successful status.
+    pub(crate) async fn ask(&self, ask: &Ask<'_>) -> Result<Response, PullError> {
         let mut renewed = false;
         loop {
             let shown = self.authorization.lock().await.clone();
-            let response = self.follow(url.clone(), &get, shown.as_ref()).await?;
+            let response = self.follow(ask, shown.as_ref()).await?;
             let ours = same_origin(response.url(), &self.base);
             if response.status() == StatusCode::UNAUTHORIZED && ours && !renewed {
                 renewed = true;
@@ -177,34 +217,24 @@ impl Session {
             if response.status().is_success() {
                 return Ok(response);
             }
-            return Err(self.refusal(response, get.what).await);
+            return Err(self.refusal(response, ask.what).await);
         }
     }
 
-    /// Sends the request, and again where it is redirected to.
+    /// Sends the request, and again where it is redirected to. What changes something is not: no
+    /// registry that we know sends it elsewhere so.
     async fn follow(
         &self,
-        mut url: Url,
-        get: &Get<'_>,
+        ask: &Ask<'_>,
         authorization: Option<&HeaderValue>,
     ) -> Result<Response, PullError> {
+        let mut url = ask.url.clone();
         for _ in 0..=REDIRECTS_MAX {
-            let mut request = Request::new(Method::GET, url.clone());
-            let headers = request.headers_mut();
-            if let Some(accept) = get.accept {
-                headers.insert(ACCEPT, HeaderValue::from_static(accept));
-            }
-            if get.from > 0 {
-                let range = HeaderValue::try_from(format!("bytes={}-", get.from));
-                headers.extend(range.ok().map(|range| (RANGE, range)));
-            }
-            if let Some(value) = authorization.filter(|_| same_origin(&url, &self.base)) {
-                headers.insert(AUTHORIZATION, value.clone());
-            }
-            let response = self.transport.send(request).await?;
+            let response = self.send(ask, url.clone(), authorization).await?;
+            let may = matches!(ask.method, Method::GET | Method::HEAD);
             match (response.status().as_u16(), response.headers().get(LOCATION)) {
-                (301 | 302 | 303 | 307 | 308, Some(location)) => {
-                    url = self.redirected(&url, location)?;
+                (301 | 302 | 303 | 307 | 308, Some(location)) if may => {
+                    url = self.led(&url, location, "redirects to")?;
                 }
                 _ => return Ok(response),
             }
@@ -212,17 +242,56 @@ impl Session {
         Err(self.protocol("it redirects without end"))
     }
 
-    fn redirected(&self, from: &Url, location: &HeaderValue) -> Result<Url, PullError> {
-        let location = location.to_str().map_err(|_| self.protocol("it redirects to no URL"))?;
-        let mut to = from.join(location).map_err(|_| self.protocol("it redirects to no URL"))?;
+    async fn send(
+        &self,
+        ask: &Ask<'_>,
+        url: Url,
+        authorization: Option<&HeaderValue>,
+    ) -> Result<Response, PullError> {
+        let mut request = Request::new(ask.method.clone(), url);
+        let shown = authorization.filter(|_| same_origin(request.url(), &self.base)).cloned();
+        let headers = request.headers_mut();
+        for (name, value) in &ask.headers {
+            let value = HeaderValue::try_from(value);
+            headers.insert(name, value.map_err(|e| self.protocol(&e.to_string()))?);
+        }
+        headers.extend(shown.map(|value| (AUTHORIZATION, value)));
+        match &ask.body {
+            Body::Nothing => {
+                if !matches!(ask.method, Method::GET | Method::HEAD) {
+                    headers.insert(CONTENT_LENGTH, HeaderValue::from(0));
+                }
+            }
+            Body::Bytes(bytes) => *request.body_mut() = Some(bytes.clone().into()),
+            Body::Part(content, range) => {
+                let length = range.end - range.start;
+                headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+                *request.body_mut() = Some(content.body(range.clone()));
+                let sent = self.transport.upload(request, content.taken(), length, &self.pace);
+                return sent.await.map_err(|error| content.cut(error, range.start));
+            }
+        }
+        self.transport.send(request).await
+    }
+
+    /// Where an answer leads. What is not https is followed only where the registry itself is not.
+    pub(crate) fn led(
+        &self,
+        from: &Url,
+        location: &HeaderValue,
+        doing: &str,
+    ) -> Result<Url, PullError> {
+        let wrong = |what: &str| self.protocol(&format!("it {doing} {what}"));
+        let location = location.to_str().map_err(|_| wrong("no URL"))?;
+        let mut to = from.join(location).map_err(|_| wrong("no URL"))?;
         match to.scheme() {
             "https" => {}
             "http" if self.is_plain() => {}
-            _ => return Err(self.protocol("it redirects to something that is not https")),
+            _ => return Err(wrong("something that is not https")),
         }
         // A name and a password in a redirect would become a login of ours.
         let cleared = to.set_username("").and_then(|()| to.set_password(None));
-        cleared.map_err(|()| self.protocol("it redirects to no host"))?;
+        cleared.map_err(|()| wrong("no host"))?;
         Ok(to)
     }
 
@@ -241,17 +310,15 @@ impl Session {
         let offered = offered.filter_map(|header| header.to_str().ok()).flat_map(challenges);
         for challenge in offered {
             match (challenge, &self.credentials) {
-                (Challenge::Bearer { realm, service, scope }, credentials) => {
-                    let ours = format!("repository:{}:pull", self.repository);
-                    let wanted = Wanted {
-                        realm: &realm,
-                        service: service.as_deref(),
-                        scope: scope.as_deref().unwrap_or(&ours),
-                        credentials: credentials.as_ref(),
-                        plain: self.is_plain(),
-                    };
-                    let got = token::fetch(&self.transport, &self.pace, &self.registry, &wanted);
-                    *authorization = Some(got.await.map_err(|refused| match refused {
+                (Challenge::Bearer { realm, service, scope }, _) => {
+                    let mut got =
+                        self.token(&realm, service.as_deref(), &self.scopes, &scope).await;
+                    if matches!(got, Err(Refused::Unauthorized)) && self.scopes.len() > 1 {
+                        // Some services grant all that is asked for or nothing.
+                        let needed = &self.scopes[..1];
+                        got = self.token(&realm, service.as_deref(), needed, &scope).await;
+                    }
+                    *authorization = Some(got.map_err(|refused| match refused {
                         Refused::Unauthorized => self.unauthorized(String::new()),
                         Refused::Failed(error) => error,
                     })?);
@@ -269,6 +336,22 @@ impl Session {
             }
         }
         Err(self.unauthorized(String::new()))
+    }
+
+    /// Asks for a token with our rights and the one that the registry names.
+    async fn token(
+        &self,
+        realm: &str,
+        service: Option<&str>,
+        ours: &[String],
+        asked: &Option<String>,
+    ) -> Result<HeaderValue, Refused> {
+        let mut scopes: Vec<_> = ours.iter().map(String::as_str).collect();
+        let asked = asked.iter().flat_map(|asked| asked.split(' '));
+        scopes.extend(asked.filter(|scope| !ours.iter().any(|ours| ours == scope)));
+        let (credentials, plain) = (self.credentials.as_ref(), self.is_plain());
+        let wanted = Wanted { realm, service, scopes: &scopes, credentials, plain };
+        token::fetch(&self.transport, &self.pace, &self.registry, &wanted).await
     }
 
     fn unauthorized(&self, said: String) -> PullError {
@@ -302,11 +385,16 @@ impl Session {
         self.base.scheme() == "http"
     }
 
+    /// A place below `/v2/REPOSITORY/`.
+    pub(crate) fn url(&self, path: &str) -> Result<Url, PullError> {
+        self.join(&format!("/v2/{}/{path}", self.repository))
+    }
+
     fn join(&self, path: &str) -> Result<Url, PullError> {
         self.base.join(path).map_err(|error| self.protocol(&error.to_string()))
     }
 
-    fn protocol(&self, why: &str) -> PullError {
+    pub(crate) fn protocol(&self, why: &str) -> PullError {
         PullError::Protocol { host: self.host(), why: why.to_owned() }
     }
 }

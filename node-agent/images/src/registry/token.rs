@@ -1,4 +1,4 @@
-//! Tokens for pulling, from the token service that a registry names: docker's token
+//! Tokens for pulling and pushing, from the token service that a registry names: docker's token
 //! specification, and its OAuth2 form for identity tokens.
 
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
@@ -19,7 +19,8 @@ const ANSWER_MAX: u64 = 256 << 10;
 pub(crate) struct Wanted<'a> {
     pub(crate) realm: &'a str,
     pub(crate) service: Option<&'a str>,
-    pub(crate) scope: &'a str,
+    /// At least one.
+    pub(crate) scopes: &'a [&'a str],
     pub(crate) credentials: Option<&'a Credentials>,
     /// Plain HTTP is allowed, as the registry itself is spoken to by it.
     pub(crate) plain: bool,
@@ -86,9 +87,10 @@ fn header(bytes: &[u8]) -> Option<HeaderValue> {
 }
 
 fn request(mut realm: Url, wanted: &Wanted<'_>) -> Result<Request, PullError> {
-    let mut fields = vec![("scope", wanted.scope)];
+    let mut fields = Vec::new();
     fields.extend(wanted.service.map(|service| ("service", service)));
     let Some(Credentials::Identity(token)) = wanted.credentials else {
+        fields.extend(wanted.scopes.iter().map(|scope| ("scope", *scope)));
         realm.query_pairs_mut().extend_pairs(fields);
         let mut request = Request::new(Method::GET, realm);
         if let Some(Credentials::Basic { username, password }) = wanted.credentials {
@@ -96,7 +98,9 @@ fn request(mut realm: Url, wanted: &Wanted<'_>) -> Result<Request, PullError> {
         }
         return Ok(request);
     };
+    let scopes = wanted.scopes.join(" ");
     fields.extend([
+        ("scope", &scopes[..]),
         ("grant_type", "refresh_token"),
         ("client_id", "towline"),
         ("refresh_token", token),

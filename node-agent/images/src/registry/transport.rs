@@ -1,21 +1,23 @@
 //! Sends one request to one place, if that place may be reached, and nothing more: no redirect is
 //! followed and no credential added here.
 //!
-//! One client for one pull, so that no connection is shared between users. Names are resolved
+//! Clients for one pull or push, so that no connection is shared between users. Names are resolved
 //! here, and only addresses that the pull may reach are ever dialled.
 
 use std::error::Error as StdError;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::redirect::Policy;
-use reqwest::{Client, Request, Response, Url};
+use reqwest::{Client, ClientBuilder, Request, Response, Url};
 use rustls::{ClientConfig, RootCertStore};
+use tokio::time::timeout;
 
 use super::error::PullError;
-use super::pace::Pace;
+use super::pace::{Pace, SLOWEST};
 use super::reach::{self, Class, Private};
 
 /// Where proxies are said; names of their hosts may have any address.
@@ -28,10 +30,12 @@ const RESOLVE_MAX: Duration = Duration::from_secs(15);
 /// Header lines of one answer.
 const HEADERS_MAX: usize = 100;
 
-/// Sends the requests of one pull.
+/// Sends the requests of one pull or push.
 #[derive(Debug)]
 pub(crate) struct Transport {
     client: Client,
+    /// Its answers begin when all was sent, however long that takes.
+    uploads: Client,
     most: Class,
 }
 
@@ -50,21 +54,24 @@ impl Transport {
             return Err(PullError::Blocked { host: host.to_owned(), what, hint });
         }
         let tls = tokio::task::spawn_blocking(tls).await.map_err(|_| PullError::Interrupted)??;
-        let builder = Client::builder()
-            .user_agent(concat!("towline/", env!("CARGO_PKG_VERSION")))
-            .tls_backend_preconfigured(tls)
-            .dns_resolver(Arc::new(Resolver { most, proxies: proxies() }))
-            .redirect(Policy::none())
-            .referer(false)
-            .retry(reqwest::retry::never())
-            .http1_only()
-            .http1_max_headers(HEADERS_MAX)
-            .connect_timeout(pace.connect)
-            .read_timeout(pace.read);
-        // A proxy has another loopback.
-        let builder = if most == Class::Loopback { builder.no_proxy() } else { builder };
-        let client = builder.build().map_err(|error| unreachable(host, error))?;
-        Ok(Transport { client, most })
+        let builder = || {
+            let builder = Client::builder()
+                .user_agent(concat!("towline/", env!("CARGO_PKG_VERSION")))
+                .tls_backend_preconfigured(tls.clone())
+                .dns_resolver(Arc::new(Resolver { most, proxies: proxies() }))
+                .redirect(Policy::none())
+                .referer(false)
+                .retry(reqwest::retry::never())
+                .http1_only()
+                .http1_max_headers(HEADERS_MAX)
+                .connect_timeout(pace.connect);
+            // A proxy has another loopback.
+            if most == Class::Loopback { builder.no_proxy() } else { builder }
+        };
+        let made =
+            |builder: ClientBuilder| builder.build().map_err(|error| unreachable(host, error));
+        let client = made(builder().read_timeout(pace.read))?;
+        Ok(Transport { client, uploads: made(builder())?, most })
     }
 
     /// Whether the registry is this machine itself.
@@ -77,6 +84,36 @@ impl Transport {
         let host = shown(request.url());
         self.check(request.url())?;
         self.client.execute(request).await.map_err(|error| failed(&host, error))
+    }
+
+    /// Sends a request with `length` bytes of a blob, of which `taken` counts those that went out. It
+    /// may take as long as they move, and then until the registry has put them away.
+    pub(crate) async fn upload(
+        &self,
+        request: Request,
+        taken: &AtomicU64,
+        length: u64,
+        pace: &Pace,
+    ) -> Result<Response, PullError> {
+        let host = shown(request.url());
+        self.check(request.url())?;
+        let mut sending = std::pin::pin!(self.uploads.execute(request));
+        let mut before = 0;
+        let mut bound = pace.window;
+        loop {
+            if let Ok(answer) = timeout(bound, &mut sending).await {
+                return answer.map_err(|error| failed(&host, error));
+            }
+            let now = taken.load(Ordering::Relaxed);
+            if now < length && now - before < SLOWEST {
+                return Err(PullError::Slow { host, what: "a few bytes a second" });
+            }
+            if now == length && before == length {
+                return Err(PullError::Slow { host, what: "no answer to what was sent" });
+            }
+            bound = if now == length { pace.settle } else { pace.window };
+            before = now;
+        }
     }
 
     /// An address in a URL is never resolved, so it is looked at here.

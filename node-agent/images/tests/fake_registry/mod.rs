@@ -1,5 +1,6 @@
 //! A registry whose every answer a test decides: enough HTTP to be believed, over plain sockets, so
 //! that it can also break off, stall and lie.
+#![allow(dead_code, reason = "each test binary uses its part")]
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -10,6 +11,8 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsAcceptor;
 use towline_images::fixture::Layout;
 
+pub(crate) mod shelf;
+
 /// A request as it came.
 #[derive(Debug, Clone)]
 pub(crate) struct Seen {
@@ -18,12 +21,18 @@ pub(crate) struct Seen {
     pub(crate) path: String,
     /// Lower-case names.
     pub(crate) headers: Vec<(String, String)>,
-    pub(crate) body: String,
+    pub(crate) body: Vec<u8>,
+    /// More was to come: the connection ends here, without an answer.
+    pub(crate) cut: bool,
 }
 
 impl Seen {
     pub(crate) fn header(&self, name: &str) -> Option<&str> {
         self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| &value[..])
+    }
+
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
     }
 
     /// First byte that is asked for.
@@ -35,6 +44,7 @@ impl Seen {
 /// What is answered.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Reply {
+    /// 0: the connection ends without an answer, or stays without one.
     pub(crate) status: u16,
     pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: Vec<u8>,
@@ -56,6 +66,8 @@ impl Reply {
 }
 
 type Answer = dyn Fn(&Seen) -> Reply + Send + Sync;
+/// Of a request without its body: how much of that is taken before the connection ends.
+type Cut = dyn Fn(&Seen) -> Option<usize> + Send + Sync;
 
 /// A server, gone when dropped.
 pub(crate) struct Fake {
@@ -67,35 +79,45 @@ pub(crate) struct Fake {
 
 impl Fake {
     pub(crate) async fn start(answer: impl Fn(&Seen) -> Reply + Send + Sync + 'static) -> Fake {
-        Fake::serve(answer, None).await
+        Fake::serve(answer, |_| None, None).await
+    }
+
+    pub(crate) async fn start_cutting(
+        answer: impl Fn(&Seen) -> Reply + Send + Sync + 'static,
+        cut: impl Fn(&Seen) -> Option<usize> + Send + Sync + 'static,
+    ) -> Fake {
+        Fake::serve(answer, cut, None).await
     }
 
     pub(crate) async fn start_tls(
         acceptor: TlsAcceptor,
         answer: impl Fn(&Seen) -> Reply + Send + Sync + 'static,
     ) -> Fake {
-        Fake::serve(answer, Some(acceptor)).await
+        Fake::serve(answer, |_| None, Some(acceptor)).await
     }
 
     async fn serve(
         answer: impl Fn(&Seen) -> Reply + Send + Sync + 'static,
+        cut: impl Fn(&Seen) -> Option<usize> + Send + Sync + 'static,
         tls: Option<TlsAcceptor>,
     ) -> Fake {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap().to_string();
         let seen = Arc::new(Mutex::new(Vec::new()));
         let (log, answer): (_, Arc<Answer>) = (Arc::clone(&seen), Arc::new(answer));
+        let cut: Arc<Cut> = Arc::new(cut);
         let mut serving = JoinSet::new();
         serving.spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
                 let (log, answer, tls) = (Arc::clone(&log), Arc::clone(&answer), tls.clone());
+                let cut = Arc::clone(&cut);
                 connections.spawn(async move {
                     match tls {
-                        None => converse(stream, log, answer).await,
+                        None => converse(stream, log, answer, cut).await,
                         Some(tls) => {
                             let Ok(stream) = tls.accept(stream).await else { return };
-                            converse(stream, log, answer).await;
+                            converse(stream, log, answer, cut).await;
                         }
                     }
                 });
@@ -115,14 +137,22 @@ async fn converse(
     mut stream: impl AsyncRead + AsyncWrite + Unpin,
     log: Arc<Mutex<Vec<Seen>>>,
     answer: Arc<Answer>,
+    cut: Arc<Cut>,
 ) {
-    let Some(seen) = read(&mut stream).await else {
+    let Some(seen) = read(&mut stream, &*cut).await else {
         // As servers do with what is no HTTP: a TLS greeting.
         drop(stream.write_all(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n").await);
         return;
     };
     let reply = answer(&seen);
+    let ends = seen.cut || reply.status == 0;
     log.lock().unwrap().push(seen);
+    if ends {
+        if reply.stall.is_some() {
+            tokio::time::sleep(Duration::from_secs(3600)).await;
+        }
+        return;
+    }
     let mut head = format!("HTTP/1.1 {} X\r\nconnection: close\r\n", reply.status);
     if !reply.headers.iter().any(|(name, _)| name == "content-length") {
         head += &format!("content-length: {}\r\n", reply.body.len());
@@ -141,7 +171,7 @@ async fn converse(
     let _gone = stream.shutdown().await;
 }
 
-async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Option<Seen> {
+async fn read(stream: &mut (impl AsyncRead + Unpin), cut: &Cut) -> Option<Seen> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         let byte = stream.read_u8().await.ok()?;
@@ -158,11 +188,12 @@ async fn read(stream: &mut (impl AsyncRead + Unpin)) -> Option<Seen> {
         .filter_map(|line| line.split_once(": "))
         .map(|(name, value)| (name.to_ascii_lowercase(), value.to_owned()))
         .collect();
-    let mut seen = Seen { method, path, headers, body: String::new() };
+    let mut seen = Seen { method, path, headers, body: Vec::new(), cut: false };
     let length = seen.header("content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).await.ok()?;
-    seen.body = String::from_utf8(body).ok()?;
+    let taken = cut(&seen).filter(|taken| *taken < length);
+    seen.cut = taken.is_some();
+    seen.body = vec![0; taken.unwrap_or(length)];
+    stream.read_exact(&mut seen.body).await.ok()?;
     Some(seen)
 }
 
