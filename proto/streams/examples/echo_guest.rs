@@ -44,7 +44,8 @@ async fn serve() -> std::io::Result<()> {
     let mut configured = false;
     let serve = async move {
         while let Some(GuestSession { handle, mut incoming }) = sessions.next().await {
-            let (send, recv) = handle.open(Priority::Control)?;
+            // A link that was cut before the hello is one of several: the next may hold.
+            let Ok((send, recv)) = handle.open(Priority::Control) else { continue };
             let mut control = FrameWriter::new(send);
             let hello = GuestHello {
                 protocol: GUEST_PROTOCOL,
@@ -53,7 +54,9 @@ async fn serve() -> std::io::Result<()> {
                 ..GuestHello::default()
             };
             let open = StreamOpen { kind: Some(Kind::Control(hello)), ..StreamOpen::default() };
-            control.send_message(FrameKind::Open, &open).await?;
+            if control.send_message(FrameKind::Open, &open).await.is_err() {
+                continue;
+            }
             configured = true;
             sessions.set_marker(Marker::new(SECRET));
             tokio::spawn(async move {
