@@ -42,15 +42,15 @@ const ABOUT: &str = "\
     folder selector regexes command cmd helper store ring space created updated age date \
     time timeout status state scope scopes audience cookie info rule rules check required";
 
-/// What stands before the word in names whose values are no secrets.
-const HARMLESS: &str = "public page next csrf xsrf cancel continu";
+/// Tokens of a page or a request, by what stands before the word.
+const PASSING: &str = "page next csrf xsrf cancel continu";
 
 /// Keys that are told to everybody, before `_key`.
 const TOLD: &str = "gpg pgp primary foreign sort partition registry";
 
 /// Bytes of a name after its word, and of a value, that are read.
 const NAME_MAX: usize = 40;
-const VALUE_MAX: usize = 512;
+const VALUE_MAX: usize = 4096;
 
 /// What was assigned, and how.
 struct Assigned<'w> {
@@ -64,7 +64,7 @@ pub(super) fn look(near: &[u8], word: Range<usize>, kind: Kind) -> Option<Rule> 
     let settings = match kind {
         Kind::Lock => return None,
         Kind::Settings(_) => true,
-        Kind::Text => is_pair(before),
+        Kind::Text => is_pair(before, name),
         Kind::Whole(_) | Kind::Plain => false,
     };
     let weak = WEAK.split(' ').any(|weak| name.eq_ignore_ascii_case(weak.as_bytes()));
@@ -180,9 +180,13 @@ fn skip<'w>(bytes: &'w [u8], these: &[u8], most: usize) -> &'w [u8] {
     &bytes[count..]
 }
 
-/// Says whether the name so far begins a text: `NAME=value`, as an image's environment has it.
-fn is_pair(before: &[u8]) -> bool {
-    before.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'_')
+/// Says whether the name is that of a variable: it begins the text, as in an image's environment, or
+/// a word of it in capitals, as build arguments have it in a history.
+fn is_pair(before: &[u8], word: &[u8]) -> bool {
+    let in_name = |b: &u8| b.is_ascii_alphanumeric() || *b == b'_';
+    let rest = &before[..before.len() - before.iter().rev().take_while(|b| in_name(b)).count()];
+    let capitals = !word.iter().any(u8::is_ascii_lowercase);
+    rest.last().is_none_or(|b| capitals && b.is_ascii_whitespace())
 }
 
 /// Says whether the name is that of a command's option: `--db-password`.
@@ -197,7 +201,9 @@ fn is_harmless(before: &[u8], word: &[u8]) -> bool {
     let in_name = |b: &u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-');
     let length = before.iter().rev().take(NAME_MAX).take_while(|b| in_name(b)).count();
     let part = before[before.len() - length..].to_ascii_lowercase();
-    let of_all = HARMLESS.split(' ').any(|harmless| value::contains(&part, harmless.as_bytes()));
-    let key = word.eq_ignore_ascii_case(b"_key");
-    of_all || key && TOLD.split(' ').any(|told| part.ends_with(told.as_bytes()))
+    let is = |name: &[u8]| word.eq_ignore_ascii_case(name);
+    let has = |mark: &str| value::contains(&part, mark.as_bytes());
+    has("public")
+        || is(b"token") && PASSING.split(' ').any(has)
+        || is(b"_key") && TOLD.split(' ').any(|told| part.ends_with(told.as_bytes()))
 }

@@ -140,7 +140,7 @@ pub(super) const ALL: &[Named] = &[
         "What a tool keeps after a login: code hosts, password managers, Vault, Terraform.",
         &[
             Name(".git-credentials"),
-            At("/git/credentials"),
+            At("/.config/git/credentials"),
             Name(".vault-token"),
             At("/.terraform.d/credentials.tfrc.json"),
             At("/.config/op/config"),
@@ -232,7 +232,8 @@ pub(super) const ALL: &[Named] = &[
             Name("secrets.yaml"),
             Name("credentials.json"),
             Ends(".nmconnection"),
-            Begins("wpa_supplicant"),
+            Name("wpa_supplicant.conf"),
+            Begins("wpa_supplicant-"),
             At("/.kube/config"),
             Ends(".kubeconfig"),
             Name("kubeconfig"),

@@ -79,8 +79,13 @@ fn any_value_of_an_environment_variable_that_says_secret_is_found() {
     {
         assert_eq!(scan_text("config: env", pair).len(), 1, "{pair}");
     }
+    for text in ["RUN |1 NPM_TOKEN=simple /bin/sh -c npm ci", "RUN DB_PASSWORD=simple ./build"] {
+        assert_eq!(scan_text("history 4", text).len(), 1, "{text}");
+    }
     for pair in [
         "PATH=/usr/bin",
+        "RUN TOKEN=$(cat /run/secrets/token) ./build",
+        "RUN echo password=simple",
         "GPG_KEY=E3FF2839C048B25C084DEBE9B26995E310250568",
         "PASSWORD_FILE=/run/secrets/db",
         "TOKEN=",
@@ -162,6 +167,18 @@ fn lines_are_right_far_into_a_file() {
         found.iter().map(|f| (f.line, f.rule)).collect::<Vec<_>>(),
         [(50_002, "github-token")]
     );
+}
+
+#[test]
+fn a_hole_keeps_apart_what_belongs_together_only_when_it_is_near() {
+    let found = |hole: u64| {
+        let mut scan = FileScan::new(b"srv/x");
+        scan.data(br#"{"kty":"EC","crv":"P-256","#);
+        scan.zeros(hole);
+        scan.data(format!(r#""d":"{}"}}"#, Random::new(4).alnum(40)).as_bytes());
+        scan.finish().len()
+    };
+    assert_eq!((found(0), found(100), found(5000), found(1 << 40)), (1, 1, 0, 0));
 }
 
 #[test]

@@ -62,11 +62,10 @@ pub(super) fn is_password(value: &[u8]) -> bool {
 
 /// Says whether a value is there at all, and is not a reference to one elsewhere.
 pub(super) fn is_set(value: &[u8]) -> bool {
-    const UNSET: &[&str] =
-        &["null", "none", "true", "false", "undefined", "nil", "yes", "no", "ask", "prompt"];
+    const UNSET: &str = "null none true false undefined prompt";
     let lower = value.to_ascii_lowercase();
     value.len() >= 4
-        && !UNSET.iter().any(|unset| lower == unset.as_bytes())
+        && !UNSET.split(' ').any(|unset| lower == unset.as_bytes())
         && !has_marker(value)
         && !is_reference(value)
         && !value.iter().all(|b| *b == value[0])
@@ -105,13 +104,14 @@ fn has_run(value: &[u8]) -> bool {
 
 /// A variable, a template, a format, a path, or a call.
 fn is_reference(value: &[u8]) -> bool {
-    const ANYWHERE: &[&str] = &["${", "$(", "{{", "}}", "<%", "%(", "%s", "%d", "://", "\\", "()"];
-    const BEGINS: &[&str] =
-        &["$", "%", "<", "@", "/", "./", "../", "~/", "&", "*", "env:", "vault:", "secret:", "!"];
-    let text = |needles: &[&str], says: fn(&[u8], &[u8]) -> bool| {
-        needles.iter().any(|needle| says(value, needle.as_bytes()))
-    };
-    text(ANYWHERE, contains) || text(BEGINS, |value, needle| value.starts_with(needle))
+    const ANYWHERE: &str = "${ $( {{ }} <% %( %s %d :// ()";
+    const BEGINS: &str =
+        "$ < / ./ ../ ~/ env: vault: secret: !vault !ref !sub !secret !getatt @microsoft";
+    let lower = value.to_ascii_lowercase();
+    let windows_variable = value.starts_with(b"%") && value.ends_with(b"%");
+    windows_variable
+        || ANYWHERE.split(' ').any(|mark| contains(value, mark.as_bytes()))
+        || BEGINS.split(' ').any(|mark| lower.starts_with(mark.as_bytes()))
 }
 
 /// At least half of it are words that examples use, also where digits stand for letters.
@@ -152,7 +152,7 @@ fn is_structured(value: &[u8]) -> bool {
         || is_uuid(value)
         || is_dotted(value)
         || is_camel_case(value)
-        || value.iter().any(|b| b" ,;()[]{}<>|`".contains(b))
+        || value.iter().any(|b| b" ,;()[]{}<>|`\\".contains(b))
 }
 
 fn is_uuid(value: &[u8]) -> bool {
@@ -289,8 +289,10 @@ mod tests {
 
     #[test]
     fn a_value_that_is_set_is_told_from_a_reference() {
-        assert!(is_set(b"postgres") && is_set(b"hunter2"));
-        for value in ["", "null", "$PASSWORD", "/run/secrets/pw", "<password>", "xxxxxxxx", "****"]
+        for value in ["postgres", "hunter2", "!kX9mmQe", "@dmin123", "a\\b%c&d"] {
+            assert!(is_set(value.as_bytes()), "{value}");
+        }
+        for value in ["", "null", "$PASSWORD", "/run/secrets/pw", "<password>", "xxxxxxxx", "%PW%"]
         {
             assert!(!is_set(value.as_bytes()), "{value}");
         }

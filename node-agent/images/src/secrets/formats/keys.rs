@@ -22,7 +22,7 @@ pub(super) const ALL: &[Format] = &[
         "ssh2-private-key",
         "A private key in SSH2 form.",
         &["---- BEGIN SSH2 ENCRYPTED PRIVATE KEY ----"],
-        r"(?s-u).{42}\r?\n(?:[A-Za-z-]+: [^\n]*\n)*[A-Za-z0-9+/=]{20,}",
+        r"[ -~]{42}\r?\n(?:[A-Za-z-]+: [^\n]*\n)*[A-Za-z0-9+/=]{20,}",
     )
     .anywhere(),
     token(
