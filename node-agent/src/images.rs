@@ -9,7 +9,7 @@ use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
@@ -53,8 +53,54 @@ pub struct Images {
     manifests: Mutex<BTreeMap<String, Weak<Manifest>>>,
     /// Locked by each node agent that uses the cache.
     users: fs::File,
-    /// Held while the machine is looked at, which takes memory: one sandbox after another.
-    looking: Mutex<()>,
+    looking: Looking,
+}
+
+const LOOKING: &str = "looking at this machine's own system";
+
+/// Between two reports of who waits for the look of another.
+const WAITING: Duration = Duration::from_secs(2);
+
+/// The look at this machine's own system, which takes memory: one sandbox after another.
+#[derive(Debug, Default)]
+struct Looking {
+    /// How many entries the look that is on has seen.
+    seen: Mutex<Option<u64>>,
+    ended: Condvar,
+}
+
+impl Looking {
+    /// Waits for its turn; `progress` is told how far the look of the other is.
+    fn begin(&self, progress: &mut dyn FnMut(String)) -> Look<'_> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Some(entries) = *seen {
+            let waited = self.ended.wait_timeout(seen, WAITING);
+            let waited = waited.unwrap_or_else(PoisonError::into_inner);
+            seen = waited.0;
+            if waited.1.timed_out() {
+                progress(format!("{LOOKING}, for another sandbox first: {entries} entries so far"));
+            }
+        }
+        *seen = Some(0);
+        Look(self)
+    }
+}
+
+/// One look; the next begins when it is dropped.
+struct Look<'a>(&'a Looking);
+
+impl Look<'_> {
+    fn tell(&self, entries: u64, progress: &mut dyn FnMut(String)) {
+        *self.0.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(entries);
+        progress(format!("{LOOKING}: {entries} entries so far"));
+    }
+}
+
+impl Drop for Look<'_> {
+    fn drop(&mut self) {
+        *self.0.seen.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.0.ended.notify_one();
+    }
 }
 
 impl Images {
@@ -72,7 +118,7 @@ impl Images {
             path: cache.clone(),
             source,
         })?;
-        let (manifests, looking) = (Mutex::default(), Mutex::default());
+        let (manifests, looking) = (Mutex::default(), Looking::default());
         Ok(Self { store, cache, root, embedded, private_registries, manifests, users, looking })
     }
 
@@ -162,9 +208,11 @@ impl Images {
         let manifest = if kept.exists() {
             local::open(&kept).map_err(failed)?
         } else {
-            progress("looking at this machine's own system".into());
-            let _one = self.looking.lock().unwrap_or_else(PoisonError::into_inner);
-            let built = local::build(&self.cache, &self.root, home).map_err(failed)?;
+            progress(LOOKING.into());
+            let look = self.looking.begin(progress);
+            let mut seen = |entries| look.tell(entries, progress);
+            let built = local::build(&self.cache, &self.root, home, &mut seen).map_err(failed)?;
+            drop(look);
             keep(&built.path, &kept).map_err(|error| not_kept(&error))?;
             built.manifest
         };

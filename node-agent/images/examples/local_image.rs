@@ -9,7 +9,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let home = std::env::var_os("HOME").ok_or("HOME is not set")?;
     for round in 0..2 {
         let start = Instant::now();
-        let built = towline_images::local::build(cache.path(), "/".as_ref(), home.as_ref())?;
+        let built =
+            towline_images::local::build(cache.path(), "/".as_ref(), home.as_ref(), &mut |_| {})?;
         println!(
             "{:?}: {} {:?}, manifest of {} bytes",
             start.elapsed(),

@@ -79,11 +79,18 @@ pub enum LocalError {
 
 /// Builds the image of the machine under `root` (`/`, but in tests) for the user whose home is
 /// `home`, and keeps its manifest under `<cache>/images/local`. The same machine unchanged gives
-/// the same id and file. Takes about a second for 300,000 entries.
-pub fn build(cache: &Path, root: &Path, home: &Path) -> Result<Built, LocalError> {
+/// the same id and file. Takes about a second for 300,000 entries; where it takes longer, `progress`
+/// is told every few seconds how many entries were seen.
+pub fn build(
+    cache: &Path,
+    root: &Path,
+    home: &Path,
+    progress: &mut dyn FnMut(u64),
+) -> Result<Built, LocalError> {
     let home = checked_home(home)?;
     let root = open_root(root)?;
-    let walk::Walked { manifest: bytes, summary, denied } = walk::walk(root.as_fd(), &home)?;
+    let walk::Walked { manifest: bytes, summary, denied } =
+        walk::walk(root.as_fd(), &home, progress)?;
     let denied = denied.into_iter().map(|path| Path::new("/").join(OsStr::from_bytes(&path)));
     let folder = cache.join("images/local");
     let keep = |what, source| LocalError::Io { what, path: folder.clone(), source };

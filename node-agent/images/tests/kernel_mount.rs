@@ -137,7 +137,8 @@ fn a_kernel_sees_the_same_tree() {
     symlink("../bin/tool", at("usr/lib/link")).unwrap();
     fs::hard_link(at("usr/bin/tool"), at("usr/bin/same")).unwrap();
 
-    let built = local::build(cache.path(), machine.path(), Path::new("/home/u")).unwrap();
+    let built =
+        local::build(cache.path(), machine.path(), Path::new("/home/u"), &mut |_| {}).unwrap();
     let Some(mount) = Mount::new(local::serve(built.manifest, machine.path()).unwrap()) else {
         return;
     };
@@ -170,7 +171,9 @@ fn this_machines_own_headers_come_through() {
         return;
     }
     let cache = tempfile::tempdir().unwrap();
-    let built = local::build(cache.path(), Path::new("/"), Path::new("/nobody-s-home")).unwrap();
+    let built =
+        local::build(cache.path(), Path::new("/"), Path::new("/nobody-s-home"), &mut |_| {})
+            .unwrap();
     let Some(mount) = Mount::new(local::serve(built.manifest, Path::new("/")).unwrap()) else {
         return;
     };

@@ -139,7 +139,7 @@ impl Machine {
 
     fn serve(&self) -> Guest {
         let home = Path::new("/home/u");
-        let built = local::build(self.cache.path(), self.folder.path(), home).unwrap();
+        let built = local::build(self.cache.path(), self.folder.path(), home, &mut |_| {}).unwrap();
         Guest(local::serve(built.manifest, self.folder.path()).unwrap())
     }
 }
@@ -366,16 +366,21 @@ fn homes_inside_a_served_folder_are_not_served_with_it() {
     machine.write("opt/people/tool", b"served");
     machine.write("opt/home/u/diary", SECRET.as_bytes());
     machine.write("opt/home/u/.cargo/bin/cargo", b"cargo");
-    let built =
-        local::build(machine.cache.path(), machine.folder.path(), Path::new("/opt/home/u/"))
-            .unwrap();
+    let built = local::build(
+        machine.cache.path(),
+        machine.folder.path(),
+        Path::new("/opt/home/u/"),
+        &mut |_| {},
+    )
+    .unwrap();
     let guest = Guest(local::serve(built.manifest, machine.folder.path()).unwrap());
     assert_eq!(guest.read("opt/people/tool").unwrap(), b"served");
     assert_eq!(guest.find("opt/people/w/diary"), Err(ENOENT));
     assert_eq!(guest.find("opt/home/u/diary"), Err(ENOENT));
     assert_eq!(guest.read("opt/home/u/.cargo/bin/cargo").unwrap(), b"cargo");
     for home in ["/", "", "home/u", "/home/../etc", "/home//u", "/."] {
-        let built = local::build(machine.cache.path(), machine.folder.path(), Path::new(home));
+        let built =
+            local::build(machine.cache.path(), machine.folder.path(), Path::new(home), &mut |_| {});
         assert!(built.is_err(), "{home}");
     }
 }
@@ -536,7 +541,7 @@ fn the_same_machine_gives_the_same_image_and_node_ids_outlive_a_server() {
     let machine = Machine::with_secrets();
     let build = || {
         let home = Path::new("/home/u");
-        local::build(machine.cache.path(), machine.folder.path(), home).unwrap()
+        local::build(machine.cache.path(), machine.folder.path(), home, &mut |_| {}).unwrap()
     };
     let (one, two) = (build(), build());
     assert_eq!((one.id, &one.path), (two.id, &two.path));
@@ -561,7 +566,8 @@ fn the_same_machine_gives_the_same_image_and_node_ids_outlive_a_server() {
 fn a_damaged_manifest_is_an_error() {
     let machine = Machine::new();
     let home = Path::new("/home/u");
-    let built = local::build(machine.cache.path(), machine.folder.path(), home).unwrap();
+    let built =
+        local::build(machine.cache.path(), machine.folder.path(), home, &mut |_| {}).unwrap();
     let bytes = fs::read(&built.path).unwrap();
     for cut in 0..bytes.len() {
         if cut % 7 == 0 {

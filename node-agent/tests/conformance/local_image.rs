@@ -56,7 +56,7 @@ async fn runs_the_machines_own_programs(driver: &dyn Hypervisor) {
     let cache = tempfile::tempdir().unwrap();
     let home = cache.path().join("home");
     std::fs::create_dir(&home).unwrap();
-    let built = local::build(cache.path(), Path::new("/"), &home).unwrap();
+    let built = local::build(cache.path(), Path::new("/"), &home, &mut |_| {}).unwrap();
     let root = std::fs::File::open("/").unwrap();
     let server = Arc::new(local::Server::new(built.manifest, root.into()));
     let counter = Arc::new(Counter::default());

@@ -9,7 +9,9 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, RawDir, ResolveFlags, Stat};
 
@@ -19,6 +21,9 @@ use super::rules::{self, Rules};
 /// Threads that read folders: more do not help on the machines this is for, and the laptop is in
 /// use.
 const THREADS: usize = 2;
+
+/// Between two reports of how far the walk is.
+const NEWS: Duration = Duration::from_secs(2);
 
 /// Descriptor-relative opening that cannot leave the root or follow a symlink.
 pub(crate) const BENEATH: ResolveFlags =
@@ -213,6 +218,8 @@ struct Walk<'a> {
     home: &'a [u8],
     secret_inodes: BTreeSet<(u64, u64)>,
     denied_inodes: Mutex<BTreeSet<(u64, u64)>>,
+    /// Seen so far, whether served or not.
+    seen: AtomicU64,
     entries: AtomicUsize,
     not_world_readable: AtomicU64,
     denied: AtomicU64,
@@ -231,8 +238,13 @@ pub(crate) struct Walked {
     pub(crate) denied: Vec<Vec<u8>>,
 }
 
-/// Walks the machine under `root`. `home` is relative to the root.
-pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<Walked, WalkError> {
+/// Walks the machine under `root`. `home` is relative to the root. `progress` is told every few
+/// seconds how many entries were seen.
+pub(crate) fn walk(
+    root: BorrowedFd<'_>,
+    home: &[u8],
+    progress: &mut dyn FnMut(u64),
+) -> Result<Walked, WalkError> {
     let (home, links) = follow(root, home);
     let home = &*home;
     let rules = Rules::new(home);
@@ -243,6 +255,7 @@ pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<Walked, WalkErro
         home,
         secret_inodes: secret_inodes(root, home),
         denied_inodes: Mutex::default(),
+        seen: AtomicU64::new(0),
         entries: AtomicUsize::new(0),
         not_world_readable: AtomicU64::new(0),
         denied: AtomicU64::new(0),
@@ -258,7 +271,7 @@ pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<Walked, WalkErro
         plan: Some(&plan),
         walk: false,
     };
-    let listings = walk.run(first)?;
+    let listings = walk.run(first, progress)?;
     let denied_inodes = walk.denied_inodes.into_inner().unwrap_or_else(PoisonError::into_inner);
     let mut summary = Summary {
         not_world_readable: walk.not_world_readable.into_inner(),
@@ -273,12 +286,29 @@ pub(crate) fn walk(root: BorrowedFd<'_>, home: &[u8]) -> Result<Walked, WalkErro
 }
 
 impl Walk<'_> {
-    fn run(&self, first: Job<'_>) -> Result<Vec<Vec<Found>>, WalkError> {
+    fn run(
+        &self,
+        first: Job<'_>,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Vec<Vec<Found>>, WalkError> {
         let queue = Mutex::new(Queue { jobs: vec![first], next: 1, ..Queue::default() });
         let more = Condvar::new();
         let mut all: Vec<(usize, Vec<Found>)> = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                (0..THREADS).map(|_| scope.spawn(|| self.work(&queue, &more))).collect();
+            let (working, ended) = mpsc::channel::<()>();
+            let (queue, more) = (&queue, &more);
+            let threads: Vec<_> = (0..THREADS)
+                .map(|_| {
+                    let working = working.clone();
+                    scope.spawn(move || {
+                        let _dropped_at_the_end = working;
+                        self.work(queue, more)
+                    })
+                })
+                .collect();
+            drop(working);
+            while ended.recv_timeout(NEWS) == Err(RecvTimeoutError::Timeout) {
+                progress(self.seen.load(Ordering::Relaxed));
+            }
             threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()
         });
         let queue = queue.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -385,6 +415,7 @@ impl Walk<'_> {
             if matches!(name, b"." | b"..") {
                 continue;
             }
+            count(&self.seen);
             if job.plan.is_some_and(|plan| plan.children.contains_key(name)) {
                 continue;
             }
