@@ -69,9 +69,10 @@ impl Saves {
         let LinkStream { mut reader, mut writer } = stream;
         let Source { base, base_name, guest, pass } = source;
         let work = async {
+            let layer = LayerOpen { whole: open.squash, with_folder: open.with_folder };
             let request = request(open, base, base_name)?;
             let _permit = self.at_once.acquire().await;
-            self.save(request, guest, &mut writer).await
+            self.save(request, layer, guest, &mut writer).await
         };
         let result = tokio::select! {
             result = work => result,
@@ -107,6 +108,7 @@ impl Saves {
     async fn save(
         &self,
         request: SaveRequest,
+        layer: LayerOpen,
         (send, recv): (MuxSend, MuxRecv),
         laptop: &mut FrameWriter<LinkSend>,
     ) -> Result<Outcome, Refused> {
@@ -114,7 +116,7 @@ impl Saves {
         let (frames, waiting) = mpsc::channel(WAITING_MAX);
         let store = self.store.clone();
         let written = tokio::task::spawn_blocking(move || write(&store, request, waiting));
-        let open = StreamOpen { ticket: Vec::new(), kind: Some(Kind::Layer(LayerOpen {})) };
+        let open = StreamOpen { ticket: Vec::new(), kind: Some(Kind::Layer(layer)) };
         let asked = writer.send_message(FrameKind::Open, &open).await;
         let done = match asked {
             Ok(()) => pass_on(&mut reader, frames, laptop).await,
@@ -266,7 +268,8 @@ fn request(open: SaveOpen, base: Digest, base_name: String) -> Result<SaveReques
         Ok(Allowed { path, reason })
     });
     let allowed = allowed.collect::<Result<_, _>>()?;
-    Ok(SaveRequest { base, base_name, times, compression, settings, allowed })
+    let squash = open.squash;
+    Ok(SaveRequest { base, base_name, squash, times, compression, settings, allowed })
 }
 
 fn settings(sent: ImageSettings) -> Result<Settings, Refused> {

@@ -301,7 +301,7 @@ impl Tunnel {
         let base = record.image_digest.parse().map_err(|_| {
             Refused::new(StreamErrorCode::Internal, "the node does not know the sandbox's image")
         })?;
-        let priority = priority(Some(&Kind::Layer(LayerOpen {})));
+        let priority = priority(Some(&Kind::Layer(LayerOpen::default())));
         let guest = guest.open(priority).await?;
         Ok(save::Source { base, base_name: name.clone(), guest, pass })
     }

@@ -34,6 +34,12 @@ pub struct SaveArgs {
     /// How the new layer is packed; gzip is for docker before 23
     #[arg(long, value_enum, default_value_t = Packing::Zstd, value_name = "HOW")]
     pub compression: Packing,
+    /// Make one layer of all that the sandbox has, instead of one more on top of its image's
+    #[arg(long)]
+    pub squash: bool,
+    /// Take the project folder into the image, at its place
+    #[arg(long)]
+    pub with_folder: bool,
     /// Seconds since 1970 that later times become, instead of when the sandbox's image was made
     #[arg(long, value_name = "SECONDS", conflicts_with = "keep_times")]
     pub timestamp: Option<u64>,
@@ -119,15 +125,15 @@ pub(super) async fn run(args: SaveArgs, env: &Env) -> Outcome {
     let image = image::put(&cluster, &args.image, &imported).await?;
     if !saved.one_instant {
         env.printer.warning(
-            "the sandbox went on while it was saved: the files in the image are not all of one \
-             instant",
+            "the files in the image are not all of one instant: the sandbox, or the sync of its \
+             folder, went on while it was saved",
         );
     }
     match env.printer.json() {
         true => env.printer.object(&object(&found, &args.image, &saved))?,
         false => env.printer.answer(&saved.digest)?,
     }
-    env.printer.hint(said(&args.image, &saved));
+    env.printer.hint(said(&args.image, args.squash, &saved));
     let is_kept = || format!("{} is saved all the same; `tow image ls` lists it", args.image);
     if let Some(output) = output {
         image::export::write(&cluster, &image, &output, env).await.with_context(is_kept)?;
@@ -183,6 +189,8 @@ impl SaveArgs {
                 labels: self.label.clone(),
                 message: self.message.clone(),
             }),
+            squash: self.squash,
+            with_folder: self.with_folder,
             allowed_secrets: self.allow_secret.iter().map(allowed).collect::<Result<_, _>>()?,
         })
     }
@@ -247,12 +255,16 @@ fn refused(secrets: &SaveSecrets, args: &SaveArgs, env: &Env) -> anyhow::Result<
     Ok(Failure::new(text).hint(hint))
 }
 
-fn said(name: &str, saved: &Saved) -> String {
+fn said(name: &str, squash: bool, saved: &Saved) -> String {
     if saved.layer_bytes == 0 {
         return format!("{name} has the layers of the sandbox's image: no file has changed");
     }
+    let (files, below) = match squash {
+        true => ("files", ""),
+        false => ("changes", ", on top of the sandbox's image"),
+    };
     format!(
-        "{name}: one layer of {} changes, {} ({} unpacked), on top of the sandbox's image",
+        "{name}: one layer of {} {files}, {} ({} unpacked){below}",
         saved.entries,
         human::bytes(saved.layer_bytes),
         human::bytes(saved.layer_unpacked_bytes)
@@ -309,7 +321,7 @@ mod tests {
             ..Saved::default()
         };
         assert_eq!(
-            said("web:2", &saved),
+            said("web:2", false, &saved),
             "web:2: one layer of 7 changes, 1 MiB (2 MiB unpacked), on top of the sandbox's image"
         );
         insta::assert_json_snapshot!(object(&found, "web:2", &saved));

@@ -13,11 +13,12 @@ mod packages;
 mod walk;
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 pub(crate) use compare::{Found, Node};
 pub(crate) use left_out::{LeftOut, OwnPaths};
 pub(crate) use packages::{PackageChange, packages_changed};
-pub(crate) use walk::walk;
+pub(crate) use walk::{walk, walk_wanted};
 
 /// What a file is, apart from its content.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,6 +80,24 @@ pub(crate) enum What {
     },
     /// With all beneath it.
     Removed(Meta),
+}
+
+/// What of a sandbox is wanted besides what it changed of its image.
+#[derive(Debug, Default)]
+pub(crate) struct Wanted {
+    /// All of the tree, as if there were nothing below it.
+    pub(crate) whole: bool,
+    /// The project folder at its place.
+    pub(crate) project: Option<Project>,
+}
+
+/// The project folder.
+#[derive(Debug)]
+pub(crate) struct Project {
+    /// Where it is mounted, relative to the root; names that are no links.
+    pub(crate) path: Vec<u8>,
+    /// Itself.
+    pub(crate) folder: OwnedFd,
 }
 
 /// Why a walk ended early.

@@ -80,6 +80,7 @@ pub async fn configure(
             .map_err(|error| Refusal::io("cannot make the project folder", &error))?;
         Some((agents, user.clone()))
     };
+    let project = folder.as_ref().map(|(agents, _)| (made[0].clone(), agents.clone()));
     let cgroups = Cgroups::make_tree(Path::new("/sys/fs/cgroup"), limits(configure)?, kernel)
         .map_err(|error| Refusal::io("cannot set the workload's limits", &error))?;
     let workload =
@@ -91,6 +92,7 @@ pub async fn configure(
         below: mounted.below,
         root: root::ROOT.into(),
         made,
+        project,
     });
     Ok(services)
 }

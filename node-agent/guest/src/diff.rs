@@ -43,6 +43,8 @@ pub struct Trees {
     /// Directories that the guest agent made if the image had none: the project folder, the user's
     /// home, the working directory.
     pub made: Vec<Vec<u8>>,
+    /// Where the project folder is mounted, and where the agent has it.
+    pub project: Option<(Vec<u8>, PathBuf)>,
 }
 
 /// Serves one diff stream whose OPEN was read.

@@ -50,6 +50,11 @@ pub async fn serve<R, W>(
     let _ = writer.finish().await;
 }
 
+/// Holds the files of a folder as they are; `None` while a session syncs them.
+pub(crate) fn hold(root: &Path) -> Option<impl Drop + Send + use<>> {
+    index::of(root).try_lock_owned().ok()
+}
+
 async fn prepare(open: &FilesOpen, root: &Path, uid: u32, gid: u32) -> Result<Session, Refusal> {
     if open.protocol != GUEST_PROTOCOL {
         let text = format!(

@@ -17,15 +17,19 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::sleep;
 use towline_proto::frame::{Frame, FrameKind};
-use towline_proto::v1::{FileType, LayerDone, LayerEntry, LayerPart, LayerXattr, StreamErrorCode};
+use towline_proto::v1::{
+    FileType, LayerDone, LayerEntry, LayerOpen, LayerPart, LayerXattr, StreamErrorCode,
+};
 use towline_streams::{FrameReader, FrameWriter};
 
 use crate::changes::{
-    Change, Found, Kind, LeftOut, Meta, Node, OwnPaths, Visitor, WalkError, What, walk,
+    Change, Found, Kind, LeftOut, Meta, Node, OwnPaths, Project, Visitor, WalkError, Wanted, What,
+    walk_wanted,
 };
 use crate::diff::{Trees, file_type, refusal};
 use crate::refusal::Refusal;
 use crate::workload::{Halt, Workload};
+use crate::{files, root};
 
 /// A workload is halted for no longer: what it talks to would take it for dead.
 const HALT_MAX: Duration = Duration::from_secs(60);
@@ -43,6 +47,7 @@ const WAITING_MAX: usize = 4;
 
 /// Serves one layer stream whose OPEN was read.
 pub async fn serve<R, W>(
+    open: LayerOpen,
     trees: Trees,
     workload: &Workload,
     mut reader: FrameReader<R>,
@@ -52,7 +57,7 @@ pub async fn serve<R, W>(
     W: AsyncWrite + Unpin,
 {
     let done = tokio::select! {
-        done = tell(trees, workload, &mut writer) => done,
+        done = tell(open, trees, workload, &mut writer) => done,
         // The node has left, or breaks the protocol: nothing is expected of it.
         _ = reader.next() => return,
     };
@@ -64,17 +69,22 @@ pub async fn serve<R, W>(
 }
 
 async fn tell<W: AsyncWrite + Unpin>(
+    open: LayerOpen,
     trees: Trees,
     workload: &Workload,
     writer: &mut FrameWriter<W>,
 ) -> Result<LayerDone, Refusal> {
     let halted = Halted::new(workload).await;
+    let project = trees.project.as_ref().filter(|_| open.with_folder);
+    // What syncs the folder is no workload.
+    let held = project.map(|(_, folder)| files::hold(folder));
+    let holds = halted.is_some() && held.as_ref().is_none_or(Option::is_some);
     let (frames, mut waiting) = mpsc::channel(WAITING_MAX);
     let (ended, end) = oneshot::channel();
     std::thread::Builder::new()
         .name("layer".into())
         .spawn(move || {
-            let _ = ended.send(trees.layer(frames));
+            let _ = ended.send(trees.layer(&open, frames));
         })
         .map_err(|error| Refusal::io("cannot start a thread for the files", &error))?;
     let one_instant = {
@@ -83,8 +93,8 @@ async fn tell<W: AsyncWrite + Unpin>(
             () = &mut passed => true,
             () = sleep(HALT_MAX), if halted.is_some() => false,
         };
-        let one_instant = in_time && halted.is_some();
-        drop(halted);
+        let one_instant = in_time && holds;
+        drop((halted, held));
         if !in_time {
             passed.await;
         }
@@ -132,13 +142,36 @@ impl Drop for Halted<'_> {
 }
 
 impl Trees {
-    fn layer(&self, frames: mpsc::Sender<Frame>) -> Result<LayerDone, Refusal> {
+    fn layer(&self, open: &LayerOpen, frames: mpsc::Sender<Frame>) -> Result<LayerDone, Refusal> {
         let (upper, below) = (self.open(&self.upper)?, self.open(&self.below)?);
+        let project = open.with_folder.then(|| self.project()).transpose()?;
+        let wanted = Wanted { whole: open.whole, project };
         let own = OwnPaths::new(self.made.iter().map(Vec::as_slice));
         let mut teller = Teller::new(frames);
-        let walked = walk(&upper, &below, &own, &mut teller).and_then(|()| teller.send());
-        walked.map_err(|error| refusal(&error))?;
+        let walked = walk_wanted(&upper, &below, &own, &wanted, &mut teller);
+        walked.and_then(|()| teller.send()).map_err(|error| refusal(&error))?;
         Ok(teller.done)
+    }
+
+    fn project(&self) -> Result<Project, Refusal> {
+        let none = || Refusal::invalid("the sandbox has no project folder (`--no-sync`)");
+        let (at, folder) = self.project.as_ref().ok_or_else(none)?;
+        let names = at.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b"."));
+        let path = names.collect::<Vec<_>>().join(&b'/');
+        let shown = || format!("/{}", String::from_utf8_lossy(&path));
+        if OwnPaths::is_beneath_volatile(&path) {
+            let why = format!(
+                "the project folder is {}, of which no image holds anything: its content does not \
+                 outlive a start",
+                shown()
+            );
+            return Err(Refusal::invalid(why));
+        }
+        if !root::leads_straight(&self.root, &path) {
+            let why = format!("a link of the image is on the way to {}", shown());
+            return Err(Refusal::invalid(why));
+        }
+        Ok(Project { folder: self.open(folder)?, path })
     }
 }
 

@@ -337,6 +337,14 @@ pub fn bind_folder(path: &[u8], owner: &User) -> io::Result<PathBuf> {
     Ok(folder)
 }
 
+/// Whether no link is on the way to this, relative to the root.
+pub(crate) fn leads_straight(root: &Path, path: &[u8]) -> bool {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let beneath = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS;
+    let opened = rustix::fs::open(root, flags, Mode::empty());
+    opened.and_then(|root| rustix::fs::openat2(root, path, flags, Mode::empty(), beneath)).is_ok()
+}
+
 /// Makes the user's home, if it is missing.
 pub fn make_home(user: &User) -> io::Result<()> {
     if user.home.first() != Some(&b'/') || user.home == b"/" {

@@ -111,10 +111,16 @@ where
             Some(trees) => return diff::serve(trees.clone(), reader, writer).await,
             None => Refusal::new(StreamErrorCode::Unsupported, "this sandbox is not of an image"),
         },
-        Ok(Kind::Layer(_)) => match &services.trees {
+        Ok(Kind::Layer(open)) => match &services.trees {
             Some(trees) => {
-                return layer::serve(trees.clone(), services.execs.workload(), reader, writer)
-                    .await;
+                return layer::serve(
+                    open,
+                    trees.clone(),
+                    services.execs.workload(),
+                    reader,
+                    writer,
+                )
+                .await;
             }
             None => Refusal::new(StreamErrorCode::Unsupported, "this sandbox is not of an image"),
         },

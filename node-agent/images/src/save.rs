@@ -1,4 +1,5 @@
-//! Makes an image of what a sandbox changed: one layer more on top of the image that it was of.
+//! Makes an image of what a sandbox changed: one layer more on top of the image that it was of, or one
+//! layer of all that it has.
 //!
 //! The guest says file by file what changed, and is believed nothing: each entry is checked, and what
 //! it says is bounded. The same state gives the same bytes: the order is the guest's, which is checked
@@ -13,7 +14,7 @@ mod scan;
 use std::fmt;
 use std::io::Write as _;
 
-use towline_proto::v1::LayerEntry;
+use towline_proto::v1::{FileType, LayerEntry};
 
 use crate::Digest;
 use crate::document::{config as checked_config, manifest as checked_manifest};
@@ -32,6 +33,8 @@ pub struct SaveRequest {
     pub base: Digest,
     /// What that image was called.
     pub base_name: String,
+    /// One layer of all that the sandbox has, instead of one more on top of the base's.
+    pub squash: bool,
     /// What becomes of files' times.
     pub times: Times,
     /// How the layer is packed.
@@ -203,6 +206,9 @@ impl Save {
     /// Takes one entry. The content of the one before must have come whole.
     pub fn entry(&mut self, entry: &LayerEntry) -> Result<(), SaveError> {
         let mut header = self.order.header(entry)?;
+        if self.request.squash && entry.r#type() == FileType::Unspecified {
+            return Err(SaveError::Guest("something was removed from nothing".into()));
+        }
         header.mtime = match self.request.times {
             Times::Keep => header.mtime,
             Times::Base | Times::Clamp(_) => header.mtime.min(self.created_s),
@@ -246,8 +252,16 @@ impl Save {
         let allowed = std::mem::take(&mut self.scan).finish(settings)?;
         let mut documents = self.base.clone();
         let set = documents.set(settings)?;
-        if layer.is_none() && !set && settings.message.is_empty() {
+        let same_layers = match &layer {
+            None => !self.request.squash,
+            // It was squashed before.
+            Some(layer) => self.request.squash && documents.is_of(&layer.digest),
+        };
+        if same_layers && !set && settings.message.is_empty() {
             return self.unchanged();
+        }
+        if self.request.squash {
+            documents.squash()?;
         }
         let created = document::time(self.created_s)?;
         let compression = self.request.compression;

@@ -45,6 +45,7 @@ impl Node {
         let mut wanted = SaveRequest {
             base: self.base,
             base_name: "base:1".into(),
+            squash: false,
             times: Times::Clamp(YEAR_2001),
             compression: Compression::Zstd,
             settings: Settings::default(),
@@ -252,6 +253,35 @@ fn nothing_changed_is_the_base_itself() {
 }
 
 #[test]
+fn a_squashed_image_has_one_layer_and_says_what_made_it() {
+    if !has_tools() {
+        return;
+    }
+    let node = Node::new();
+    let all = || changes().into_iter().filter(|entry| entry.path != b"gone").collect::<Vec<_>>();
+    let squash = |request: &mut SaveRequest| request.squash = true;
+    let saved = node.save_as(&all(), squash);
+    let (manifest, config) = node.documents(&saved);
+    assert_eq!((saved.image.layers, manifest["layers"].as_array().unwrap().len()), (1, 1));
+    assert_eq!(config["rootfs"]["diff_ids"].as_array().unwrap().len(), 1);
+    let empty: Vec<_> =
+        config["history"].as_array().unwrap().iter().map(|event| &event["empty_layer"]).collect();
+    let (newest, older) = empty.split_last().unwrap();
+    assert!(newest.is_null() && older.iter().all(|empty| **empty == json!(true)), "{config}");
+    assert_eq!(config["config"]["Cmd"], json!(["old"]));
+    let annotations = manifest["annotations"].as_object().unwrap();
+    assert!(!annotations.keys().any(|key| key.contains("base")), "it has no layer of its base");
+    assert_eq!(prepare(&node.store, &saved.image.digest, &mut |_| {}).unwrap().layers.len(), 1);
+
+    let mut save = node.begin(squash);
+    let error = save.entry(&removed("gone")).unwrap_err().to_string();
+    assert!(error.contains("removed from nothing"), "{error}");
+    drop(save);
+    let node = Node { base: saved.image.digest, ..node };
+    assert_eq!(node.save_as(&all(), squash).image, saved.image, "it is squashed already");
+}
+
+#[test]
 fn settings_go_over_those_of_the_base_and_the_rest_stays() {
     if !has_tools() {
         return;
@@ -335,6 +365,7 @@ fn a_base_that_is_not_whole_any_more_is_said_to_be() {
     let request = SaveRequest {
         base: node.base,
         base_name: String::new(),
+        squash: false,
         times: Times::Base,
         compression: Compression::Gzip,
         settings: Settings::default(),

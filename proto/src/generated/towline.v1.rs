@@ -1201,7 +1201,14 @@ pub struct DiffDone {
 /// ---- layer (node to guest) ----
 /// Answered by LAYER_PART, LAYER_DATA and LAYER_HOLE frames, then LAYER_DONE.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct LayerOpen {}
+pub struct LayerOpen {
+    /// All that the sandbox has, as if there were no image below it.
+    #[prost(bool, tag = "1")]
+    pub whole: bool,
+    /// With the project folder, at its place.
+    #[prost(bool, tag = "2")]
+    pub with_folder: bool,
+}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LayerPart {
     /// In the order of the paths' bytes over all parts. What a last file has beyond `content` follows as
@@ -1287,6 +1294,12 @@ pub struct SaveOpen {
     pub settings: ::core::option::Option<ImageSettings>,
     #[prost(message, repeated, tag = "5")]
     pub allowed_secrets: ::prost::alloc::vec::Vec<AllowedSecret>,
+    /// One layer of all that the sandbox has, instead of one more on top of its image's.
+    #[prost(bool, tag = "6")]
+    pub squash: bool,
+    /// With the project folder, at its place.
+    #[prost(bool, tag = "7")]
+    pub with_folder: bool,
 }
 /// What an image says otherwise than the one that its sandbox was of. Absent or empty: as there.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -145,6 +145,16 @@ fn a_saved_image_is_what_the_sandbox_was() {
         }
         Err(why) => println!("SKIPPED: no registry: {why}"),
     }
+    let squash = |name: &str, image: &str| {
+        let save = ["save", "--squash", "--timestamp", "1700000000", "--json", name, image];
+        cluster.json(save)[0].clone()
+    };
+    let squashed = squash("vm", "squashed:1");
+    assert_eq!(squashed["layers"], 1, "{squashed}");
+    create("squashed", "squashed:1", "vm");
+    same(&look("squashed"), &seen);
+    assert_eq!(squash("squashed", "squashed:2")["digest"], squashed["digest"]);
+
     let out = cluster.root().join("exported");
     let gzip = ["save", "--compression", "gzip", "vm", "saved:gz2", "--output"];
     cluster.tow(gzip.into_iter().chain([out.to_str().unwrap()])).finish(SHORT).ok();
@@ -159,6 +169,71 @@ fn a_saved_image_is_what_the_sandbox_was() {
     shell("process", CHANGES);
     same(&look("process"), &seen);
     assert_eq!(save("process", "saved:6"), digest);
+    assert_eq!(squash("process", "squashed:3")["digest"], squashed["digest"]);
+}
+
+/// As it is in the sandbox, whoever made it there; and not where no image could hold it.
+#[test]
+fn the_project_folder_goes_into_an_image_when_it_is_asked_for() {
+    let Ok(busybox) = fs::read("/bin/busybox") else {
+        skipped!("/bin/busybox (busybox-static) is not installed: make test installs it");
+    };
+    let cluster = match Cluster::prepare() {
+        Ok(cluster) => cluster,
+        Err(why) => skipped!("{why}"),
+    };
+    cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+    let programs = ["bin/busybox", "bin/sh"];
+    let base = layer(&programs.map(|path| File { path, mode: 0o755, content: &busybox }));
+    let layout_at = cluster.root().join("layout");
+    layout(&layout_at, &[base], &json!({ "Env": ["PATH=/bin"] }));
+    cluster.tow(["image", "import", layout_at.to_str().unwrap(), "base:1"]).finish(SHORT).ok();
+    // Not beneath /tmp, of which images hold nothing.
+    let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+    fs::create_dir(folder.path().join("src")).unwrap();
+    fs::write(folder.path().join("src/main"), "from here\n").unwrap();
+    let make = "cat src/main && echo there > built && ln -s built link";
+    let run = |name: &str, folder: &Path, rest: &[&str]| {
+        let run = ["run", "--image", "base:1", "--name", name, "--memory", "512MiB"];
+        let shell = ["--disk", "2GiB", "--", "/bin/busybox", "sh", "-c"];
+        let all = [&run[..], &shell, rest].concat();
+        cluster.tow_in(folder, all).finish(BOOT).ok().out()
+    };
+    assert_eq!(run("it", folder.path(), &[make]), "from here");
+
+    let save = |image: &str, folder: &[&str]| {
+        let save = ["save", "--json", "--timestamp", "1700000000", "it", image];
+        cluster.json([&save[..], folder].concat())[0].clone()
+    };
+    let (without, with) = (save("without:1", &[]), save("with:1", &["--with-folder"]));
+    assert_eq!(without["changes"], 0, "{without}");
+    assert_eq!(with["one_instant"], true, "{with}");
+    assert_eq!(save("with:2", &["--with-folder"])["digest"], with["digest"]);
+    let create = ["create", "--no-sync", "--image", "with:1", "--name", "copy"];
+    let shape = ["--memory", "512MiB", "--disk", "2GiB"];
+    cluster.tow(create.into_iter().chain(shape)).finish(BOOT).ok();
+    let place = folder.path().to_str().unwrap();
+    let look = format!("cd {place}; cat src/main link; find . | sort");
+    let seen = cluster.tow(["exec", "-u", "root", "copy", "--", "/bin/busybox", "sh", "-c", &look]);
+    let expected = "from here\nthere\n.\n./built\n./link\n./src\n./src/main";
+    assert_eq!(seen.finish(SHORT).ok().out(), expected);
+    // Its secrets are its secrets.
+    let login = format!("machine example.com login me password {}\n", ["q7Zr9", "Lm2Xv4"].concat());
+    let shell = ["exec", "it", "--", "/bin/busybox", "sh", "-c"];
+    let write = format!("printf '{}' > .netrc", login.trim());
+    cluster.tow_in(folder.path(), shell.into_iter().chain([&write[..]])).finish(SHORT).ok();
+    let refused = cluster.tow(["save", "--with-folder", "it", "no:1"]).finish(SHORT).expect(1);
+    assert!(refused.err().contains(&format!("{place}/.netrc:1: ")), "{}", refused.err());
+    cluster.tow(["save", "it", "without:2"]).finish(SHORT).ok();
+
+    let refused = cluster.tow(["save", "--with-folder", "copy", "no:1"]).finish(SHORT).expect(1);
+    assert!(refused.err().contains("--no-sync"), "{}", refused.err());
+    run("beneath", &cluster.folder("beneath"), &["true"]);
+    if cluster.root().starts_with("/tmp") {
+        let save = cluster.tow(["save", "--with-folder", "beneath", "no:1"]);
+        let refused = save.finish(SHORT).expect(1);
+        assert!(refused.err().contains("no image holds"), "{}", refused.err());
+    }
 }
 
 /// That two lists have the same lines; tells those that are in one alone.

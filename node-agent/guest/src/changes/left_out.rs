@@ -60,6 +60,12 @@ impl OwnPaths {
         VOLATILE.contains(&path)
     }
 
+    /// Whether this, or a directory that it is in, is left out with all that is there.
+    pub(crate) fn is_beneath_volatile(path: &[u8]) -> bool {
+        let ends = path.iter().enumerate().filter(|(_, byte)| **byte == b'/').map(|(at, _)| at);
+        ends.chain([path.len()]).any(|end| Self::is_volatile(&path[..end]))
+    }
+
     /// Whether the guest agent could have made this, as it is; a directory must be empty for it.
     pub(crate) fn could_have_made(&self, path: &[u8], meta: &Meta) -> bool {
         let as_made = match meta.kind {
@@ -92,6 +98,8 @@ mod tests {
         assert!(
             !own.could_have_made(b"etc/gitconfig", &Meta { size: 1, ..meta(Kind::Regular, 0o644) })
         );
+        assert!(OwnPaths::is_beneath_volatile(b"tmp/a/b") && OwnPaths::is_beneath_volatile(b"run"));
+        assert!(!OwnPaths::is_beneath_volatile(b"home/tmp"));
         assert!(OwnPaths::is_volatile(b"etc/hosts") && !OwnPaths::is_volatile(b"etc/hosts.allow"));
     }
 }

@@ -9,7 +9,7 @@ use towline_proto::limits::PATH_DEPTH_MAX;
 
 use super::compare::{Found, Look, is_opaque, look};
 use super::links::Links;
-use super::{Change, Differs, Kind, LeftOut, OwnPaths, Visitor, WalkError, What};
+use super::{Change, Differs, Kind, LeftOut, OwnPaths, Visitor, WalkError, Wanted, What};
 
 /// Entries of one directory.
 const ENTRIES_MAX: usize = 4 << 20;
@@ -21,18 +21,34 @@ pub(crate) fn walk(
     own: &OwnPaths,
     visitor: &mut dyn Visitor,
 ) -> Result<(), WalkError> {
+    walk_wanted(upper, below, own, &Wanted::default(), visitor)
+}
+
+/// The same of what is wanted. Where that is the whole tree, all of it is told as added: what did not
+/// change, and what is left out, as the image has it.
+pub(crate) fn walk_wanted(
+    upper: &OwnedFd,
+    below: &OwnedFd,
+    own: &OwnPaths,
+    wanted: &Wanted,
+    visitor: &mut dyn Visitor,
+) -> Result<(), WalkError> {
     let links = Links::new(upper, below);
-    let mut walk = Walk { own, visitor, links, path: Vec::new(), depth: 0 };
-    walk.folder(upper, Some(below), false)
+    let mut walk =
+        Walk { own, wanted, visitor, links, path: Vec::new(), depth: 0, of_image: false };
+    walk.folder(Some(upper), Some(below), false)
 }
 
 struct Walk<'a> {
     own: &'a OwnPaths,
+    wanted: &'a Wanted,
     visitor: &'a mut dyn Visitor,
     links: Links<'a>,
     /// Where it is, relative to the root.
     path: Vec<u8>,
     depth: usize,
+    /// It tells the image's own files.
+    of_image: bool,
 }
 
 /// What is to be done at a name of a directory.
@@ -44,24 +60,47 @@ enum Step {
     Hidden,
     /// What is in it. Its key ends in a slash, so that it comes where its content belongs.
     Within,
+    /// The image's is taken.
+    OfImage,
+    /// What the image has in it.
+    WithinImage,
 }
 
 impl Walk<'_> {
     /// One directory. `hides`: what is below it is not seen, because of a directory around it.
+    /// Without an upper directory it is looked at only because the project folder is beneath it.
     fn folder(
         &mut self,
-        upper: &OwnedFd,
+        upper: Option<&OwnedFd>,
         below: Option<&OwnedFd>,
         hides: bool,
     ) -> Result<(), WalkError> {
-        let names = self.names(upper)?;
-        let hides = hides || is_opaque(upper.as_fd()).map_err(|error| self.at(error))?;
+        let names = upper.map(|upper| self.names(upper)).transpose()?.unwrap_or_default();
+        let mut hides = hides;
+        if let Some(upper) = upper.filter(|_| !hides) {
+            hides = is_opaque(upper.as_fd()).map_err(|error| self.at(error))?;
+        }
         let mut steps = BTreeMap::new();
-        if let Some(below) = below.filter(|_| hides) {
+        if let Some(below) = below.filter(|_| hides && !self.wanted.whole) {
             let hidden = self.names(below)?;
             steps.extend(hidden.into_iter().map(|name| (name, Step::Hidden)));
         }
+        let on_the_way = self.to_project().filter(|(name, _)| !names.contains(*name));
+        if let Some((name, is_it)) = on_the_way {
+            match is_it || self.wanted.whole {
+                true => steps.insert(name.to_vec(), Step::Entry),
+                false => steps.insert([name, b"/"].concat(), Step::Within),
+            };
+        }
         steps.extend(names.into_iter().map(|name| (name, Step::Entry)));
+        if let Some(below) = below.filter(|_| self.wanted.whole) {
+            for name in self.names(below)? {
+                let is_volatile = OwnPaths::is_volatile(&self.join(&name));
+                if is_volatile || (!hides && !steps.contains_key(&name)) {
+                    steps.insert(name, Step::OfImage);
+                }
+            }
+        }
         while let Some((name, step)) = steps.pop_first() {
             let len = self.path.len();
             if len > 0 {
@@ -83,6 +122,15 @@ impl Walk<'_> {
                     self.removed(found.as_ref())?;
                 }
                 Step::Within => self.within(upper, below, &name[..name.len() - 1], hides)?,
+                Step::OfImage => {
+                    if self.of_image(|walk| walk.entry(below, None, &name))? {
+                        steps.insert([&name[..], b"/"].concat(), Step::WithinImage);
+                    }
+                }
+                Step::WithinImage => {
+                    let name = &name[..name.len() - 1];
+                    self.of_image(|walk| walk.within(below, None, name, false))?;
+                }
             }
             self.path.truncate(len);
         }
@@ -92,17 +140,22 @@ impl Walk<'_> {
     /// One file; returns whether it is a directory to look into.
     fn entry(
         &mut self,
-        upper: &OwnedFd,
+        upper: Option<&OwnedFd>,
         below: Option<&OwnedFd>,
         name: &[u8],
     ) -> Result<bool, WalkError> {
         self.visitor.looked(true)?;
-        let looked = look(upper, name).map_err(|error| self.at(error))?;
+        let looked = match (self.project(), upper) {
+            (Some(folder), _) => look(folder, b"."),
+            (None, Some(upper)) => look(upper, name),
+            (None, None) => Ok(Look::Nothing),
+        };
+        let looked = looked.map_err(|error| self.at(error))?;
         let before = self.below(below, name)?;
         let found = match looked {
             Look::File(found) => found,
-            // Renamed or removed meanwhile.
-            Look::Nothing => return Ok(false),
+            // Renamed or removed meanwhile; or only on the way to the project folder.
+            Look::Nothing => return self.unchanged(before.as_ref()),
             Look::Socket => {
                 self.visitor.left_out(LeftOut::Socket);
                 self.removed(before.as_ref())?;
@@ -116,7 +169,7 @@ impl Walk<'_> {
         let now = found.meta;
         let what = match before {
             None if self.is_own(&found)? => return Ok(false),
-            None => Some(What::Added(now)),
+            None => What::Added(now),
             Some(before) => {
                 let path = &self.path;
                 let visitor = &mut *self.visitor;
@@ -126,20 +179,30 @@ impl Walk<'_> {
                 if differs == Differs::default() {
                     differs.links = self.links.differ(path, &found, &before)?;
                 }
-                let before = before.meta;
-                let changed = What::Changed { before, now, differs };
-                (differs != Differs::default()).then_some(changed)
+                match differs == Differs::default() {
+                    true => return self.unchanged(Some(&before)),
+                    false if self.wanted.whole => What::Added(now),
+                    false => What::Changed { before: before.meta, now, differs },
+                }
             }
         };
-        if let Some(what) = what {
-            self.visitor.change(Change { path: self.path.clone(), what }, Some(&found))?;
-        }
+        self.visitor.change(Change { path: self.path.clone(), what }, Some(&found))?;
         Ok(now.kind == Kind::Directory)
+    }
+
+    /// What is as the image has it; returns whether it is a directory.
+    fn unchanged(&mut self, image: Option<&Found>) -> Result<bool, WalkError> {
+        let Some(image) = image else { return Ok(false) };
+        if self.wanted.whole {
+            let what = What::Added(image.meta);
+            self.visitor.change(Change { path: self.path.clone(), what }, Some(image))?;
+        }
+        Ok(image.meta.kind == Kind::Directory)
     }
 
     fn within(
         &mut self,
-        upper: &OwnedFd,
+        upper: Option<&OwnedFd>,
         below: Option<&OwnedFd>,
         name: &[u8],
         hides: bool,
@@ -147,13 +210,21 @@ impl Walk<'_> {
         if self.depth == PATH_DEPTH_MAX {
             return Err(WalkError::TooDeep { path: self.path.clone(), max: PATH_DEPTH_MAX });
         }
-        let Some(folder) = self.open(upper, name)? else { return Ok(()) };
-        let below = match below {
-            Some(below) => self.open(below, name)?,
-            None => None,
+        let open = |parent: Option<&OwnedFd>, name| match parent {
+            Some(parent) => self.open(parent, name),
+            None => Ok(None),
         };
+        // Nothing of what the project folder is mounted over is seen.
+        let (folder, hides) = match self.project() {
+            Some(folder) => (self.open(folder, b".")?, true),
+            None => (open(upper, name)?, hides),
+        };
+        if folder.is_none() && self.to_project().is_none() {
+            return Ok(());
+        }
+        let below = open(below, name)?;
         self.depth += 1;
-        self.folder(&folder, below.as_ref(), hides)?;
+        self.folder(folder.as_ref(), below.as_ref(), hides)?;
         self.depth -= 1;
         Ok(())
     }
@@ -177,13 +248,49 @@ impl Walk<'_> {
     }
 
     fn removed(&mut self, before: Option<&Found>) -> Result<(), WalkError> {
-        let Some(before) = before else { return Ok(()) };
+        let Some(before) = before.filter(|_| !self.wanted.whole) else { return Ok(()) };
         let what = What::Removed(before.meta);
         self.visitor.change(Change { path: self.path.clone(), what }, None)
     }
 
-    /// Whether the guest agent made this and nobody put anything there.
+    /// Looks at the image's own files with this.
+    fn of_image<T>(&mut self, look: impl FnOnce(&mut Self) -> T) -> T {
+        let before = std::mem::replace(&mut self.of_image, true);
+        let result = look(self);
+        self.of_image = before;
+        result
+    }
+
+    /// The project folder, if it is wanted and its place is here.
+    fn project(&self) -> Option<&OwnedFd> {
+        let project = self.wanted.project.as_ref()?;
+        (project.path == self.path).then_some(&project.folder)
+    }
+
+    /// The next name on the way to the project folder, if that is wanted and beneath this directory;
+    /// and whether it is the folder's own.
+    fn to_project(&self) -> Option<(&[u8], bool)> {
+        let path = &self.wanted.project.as_ref()?.path[..];
+        let rest = match self.path.is_empty() {
+            true => path,
+            false => path.strip_prefix(&self.path[..])?.strip_prefix(b"/")?,
+        };
+        let name = rest.split(|&byte| byte == b'/').next()?;
+        Some((name, name.len() == rest.len()))
+    }
+
+    fn join(&self, name: &[u8]) -> Vec<u8> {
+        match self.path.is_empty() {
+            true => name.to_vec(),
+            false => [&self.path, &b"/"[..], name].concat(),
+        }
+    }
+
+    /// Whether the guest agent made this and nobody put anything there that is wanted.
     fn is_own(&self, found: &Found) -> Result<bool, WalkError> {
+        if self.of_image || self.project().is_some() || self.to_project().is_some() {
+            return Ok(false);
+        }
         self.is_own_at(&self.path, found)
     }
 
@@ -319,11 +426,18 @@ mod tests {
         }
     }
 
+    fn open(path: &Path) -> OwnedFd {
+        fs::File::open(path).unwrap().into()
+    }
+
     fn told(upper: &Path, below: &Path) -> Told {
-        let open = |path: &Path| OwnedFd::from(fs::File::open(path).unwrap());
+        told_wanted(upper, below, &Wanted::default())
+    }
+
+    fn told_wanted(upper: &Path, below: &Path, wanted: &Wanted) -> Told {
         let own = OwnPaths::new([&b"/home/ann/work"[..]]);
         let mut told = Told::default();
-        walk(&open(upper), &open(below), &own, &mut told).unwrap();
+        walk_wanted(&open(upper), &open(below), &own, wanted, &mut told).unwrap();
         told
     }
 
@@ -447,6 +561,79 @@ mod tests {
         );
     }
 
+    #[test]
+    fn a_whole_tree_is_what_is_there_and_of_the_image_what_is_no_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let (upper, below) = (dir.path().join("upper"), dir.path().join("below"));
+        for path in ["a", "etc", "gone", "home", "kept/deep", "proc", "run/lock", "tmp"] {
+            fs::create_dir_all(below.join(path)).unwrap();
+        }
+        for path in ["a", "a.new", "etc", "home/ann/work", "proc/1", "run/later", "tmp/any"] {
+            fs::create_dir_all(upper.join(path)).unwrap();
+        }
+        for (path, content) in [("a/same", "1"), ("etc/hostname", "image"), ("etc/hosts", "x")] {
+            fs::write(below.join(path), content).unwrap();
+        }
+        for (path, content) in [("a/same", "1"), ("etc/hostname", "box"), ("etc/resolv.conf", "")] {
+            fs::write(upper.join(path), content).unwrap();
+        }
+        fs::write(below.join("a/hidden"), "").unwrap();
+        whiteout(&upper.join("a/hidden"));
+        whiteout(&upper.join("gone"));
+        let wanted = Wanted { whole: true, project: None };
+        let expected = [
+            "A a",
+            "A a.new",
+            "A a/same",
+            "A etc",
+            "A etc/hostname",
+            "A etc/hosts",
+            "A home",
+            "A kept",
+            "A kept/deep",
+            "A proc",
+            "A run",
+            "A run/lock",
+            "A tmp",
+        ];
+        assert_eq!(told_wanted(&upper, &below, &wanted).changes, expected);
+    }
+
+    /// Whatever of the way to it was made, by whom ever; and it hides what the image has there.
+    #[test]
+    fn the_project_folder_is_told_at_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let [upper, below, folder] = ["upper", "below", "folder"].map(|name| dir.path().join(name));
+        fs::create_dir_all(folder.join("src")).unwrap();
+        fs::write(folder.join("src/main"), "m").unwrap();
+        fs::write(folder.join("kept"), "k").unwrap();
+        // Names around the slash in the order of bytes.
+        for tree in [&upper, &below] {
+            fs::create_dir_all(tree.join("home/ann-2")).unwrap();
+        }
+        fs::write(upper.join("home/ann-2/new"), "").unwrap();
+        let wanted = || {
+            let (path, folder) = (b"home/ann/work".to_vec(), open(&folder));
+            Wanted { whole: false, project: Some(super::super::Project { path, folder }) }
+        };
+        let inside = ["A home/ann/work", "A home/ann/work/kept", "A home/ann/work/src"];
+        let [new, main] = ["A home/ann-2/new", "A home/ann/work/src/main"];
+        let [place, kept, src] = inside;
+        fs::create_dir_all(upper.join("home/ann/work")).unwrap();
+        let changes = told_wanted(&upper, &below, &wanted()).changes;
+        assert_eq!(changes, ["A home/ann", new, place, kept, src, main]);
+        // The image has the place, and overlayfs nothing of it above.
+        fs::remove_dir_all(upper.join("home/ann")).unwrap();
+        fs::create_dir_all(below.join("home/ann/work")).unwrap();
+        fs::write(below.join("home/ann/work/hidden"), "").unwrap();
+        fs::write(below.join("home/ann/work/kept"), "k").unwrap();
+        let changes = told_wanted(&upper, &below, &wanted()).changes;
+        assert_eq!(changes, [new, "D home/ann/work/hidden", src, main]);
+        let whole = Wanted { whole: true, ..wanted() };
+        let changes = told_wanted(&upper, &below, &whole).changes;
+        assert_eq!(changes[3..], [new, place, kept, src, main]);
+    }
+
     #[expect(clippy::print_stderr, reason = "a skipped test says why")]
     fn writeln_skipped(why: &str) {
         eprintln!("SKIPPED: {why}");
@@ -458,7 +645,6 @@ mod tests {
         let (upper, below) = (dir.path().join("upper"), dir.path().join("below"));
         fs::create_dir(&below).unwrap();
         fs::create_dir_all(upper.join("d/".repeat(PATH_DEPTH_MAX + 2))).unwrap();
-        let open = |path: &Path| OwnedFd::from(fs::File::open(path).unwrap());
         let mut told = Told::default();
         let ended = walk(&open(&upper), &open(&below), &OwnPaths::default(), &mut told);
         assert!(matches!(ended, Err(WalkError::TooDeep { .. })), "{ended:?}");
@@ -570,6 +756,9 @@ mod tests {
             }
             make_upper(&upper, &before, &now, copied, opaque);
             prop_assert_eq!(told(&upper, &below).changes, expected(&before, &now));
+            let whole = Wanted { whole: true, project: None };
+            let all: Vec<_> = now.keys().map(|path| format!("A {path}")).collect();
+            prop_assert_eq!(told_wanted(&upper, &below, &whole).changes, all);
         }
     }
 }

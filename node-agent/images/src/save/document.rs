@@ -90,6 +90,32 @@ impl Documents {
         Ok(*config != before)
     }
 
+    /// Whether this is the only layer.
+    pub(super) fn is_of(&self, layer: &Digest) -> bool {
+        let layers = self.manifest.get("layers").and_then(Value::as_array);
+        layers.is_some_and(|layers| match &layers[..] {
+            [only] => only.get("digest").and_then(Value::as_str) == Some(&layer.to_string()),
+            _ => false,
+        })
+    }
+
+    /// Takes all layers away. What made them stays in the history, as having made none.
+    pub(super) fn squash(&mut self) -> Result<(), ImageError> {
+        list(&mut self.manifest, "layers", "manifest")?.clear();
+        for event in list(&mut self.config, "history", "config")? {
+            if let Some(event) = event.as_object_mut() {
+                event.insert("empty_layer".into(), json!(true));
+            }
+        }
+        list(self.rootfs()?, "diff_ids", "config")?.clear();
+        Ok(())
+    }
+
+    fn rootfs(&mut self) -> Result<&mut Map<String, Value>, ImageError> {
+        let rootfs = self.config.get_mut("rootfs").and_then(Value::as_object_mut);
+        rootfs.ok_or_else(|| ImageError::document("config", "it has no rootfs"))
+    }
+
     /// Puts the layer on top, or only notes that the settings have changed.
     pub(super) fn add(
         &mut self,
@@ -111,9 +137,7 @@ impl Documents {
         }
         list(&mut self.config, "history", "config")?.push(event);
         let Some(layer) = layer else { return Ok(()) };
-        let rootfs = self.config.get_mut("rootfs").and_then(Value::as_object_mut);
-        let rootfs = rootfs.ok_or_else(|| ImageError::document("config", "it has no rootfs"))?;
-        list(rootfs, "diff_ids", "config")?.push(json!(layer.diff_id.to_string()));
+        list(self.rootfs()?, "diff_ids", "config")?.push(json!(layer.diff_id.to_string()));
         let suffix = match compression {
             Compression::Zstd => "zstd",
             Compression::Gzip => "gzip",
@@ -143,11 +167,12 @@ impl Documents {
                 *kind = json!(ours);
             }
         }
-        let mut annotations = json!({
-            "org.opencontainers.image.base.digest": request.base.to_string(),
-            "org.opencontainers.image.base.name": request.base_name,
-            "org.opencontainers.image.created": created,
-        });
+        let mut annotations = json!({ "org.opencontainers.image.created": created });
+        if !request.squash {
+            // By the specification, a base is what an image has the first layers of.
+            annotations["org.opencontainers.image.base.digest"] = json!(request.base.to_string());
+            annotations["org.opencontainers.image.base.name"] = json!(request.base_name);
+        }
         if !allowed.is_empty() {
             annotations[ALLOWED] = json!(Value::from(allowed.to_vec()).to_string());
         }
