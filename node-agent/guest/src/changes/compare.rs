@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::buffer::spare_capacity;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 
@@ -172,19 +173,19 @@ impl Found {
     /// Its extended attributes but overlayfs' own.
     pub(crate) fn xattrs(&self) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
         let path = own_path(self.fd.as_fd());
-        let mut names = vec![0; XATTR_MAX];
-        let len = match rustix::fs::listxattr(&path, &mut names[..]) {
-            Ok(len) => len,
+        let mut names = Vec::with_capacity(XATTR_MAX);
+        match rustix::fs::listxattr(&path, spare_capacity(&mut names)) {
+            Ok(_) => {}
             // The file system has none, or none for this kind of file.
-            Err(Errno::OPNOTSUPP | Errno::NODATA | Errno::PERM) => 0,
+            Err(Errno::OPNOTSUPP | Errno::NODATA | Errno::PERM) => {}
             Err(error) => return Err(error.into()),
-        };
+        }
         let mut found = BTreeMap::new();
-        let mut value = vec![0; XATTR_MAX];
-        let names = names[..len].split(|&byte| byte == 0).filter(|name| !name.is_empty());
+        let names = names.split(|&byte| byte == 0).filter(|name| !name.is_empty());
         for name in names.filter(|name| !OVERLAY.iter().any(|own| name.starts_with(own))) {
-            match rustix::fs::getxattr(&path, name, &mut value[..]) {
-                Ok(len) => found.insert(name.to_vec(), value[..len].to_vec()),
+            let mut value = Vec::with_capacity(XATTR_MAX);
+            match rustix::fs::getxattr(&path, name, spare_capacity(&mut value)) {
+                Ok(_) => found.insert(name.to_vec(), value.as_slice().to_vec()),
                 // Removed meanwhile.
                 Err(Errno::NODATA) => continue,
                 Err(error) => return Err(error.into()),
