@@ -108,7 +108,7 @@ impl Walk<'_> {
             }
             self.path.extend_from_slice(name.strip_suffix(b"/").unwrap_or(&name));
             match step {
-                Step::Entry if OwnPaths::is_volatile(&self.path) => {
+                Step::Entry if !self.of_image && OwnPaths::is_volatile(&self.path) => {
                     self.visitor.left_out(LeftOut::Volatile);
                 }
                 Step::Entry => {
@@ -597,6 +597,8 @@ mod tests {
             "A tmp",
         ];
         assert_eq!(told_wanted(&upper, &below, &wanted).changes, expected);
+        fs::remove_dir_all(upper.join("etc")).unwrap();
+        assert_eq!(told_wanted(&upper, &below, &wanted).changes, expected, "nothing is above it");
     }
 
     /// Whatever of the way to it was made, by whom ever; and it hides what the image has there.
