@@ -16,11 +16,12 @@ use super::image;
 use crate::cluster::{Cluster, Start};
 use crate::commands::Env;
 use crate::error::{Exit, Failure, Outcome};
+use crate::folder::ProjectFolder;
 use crate::output::{human, json as objects};
 use crate::tunnel::export::Destination;
 use crate::tunnel::guest::Guest;
 use crate::tunnel::save;
-use crate::{env_vars, sandbox};
+use crate::{env_vars, sandbox, sync};
 
 /// Arguments of `tow save`.
 #[derive(Debug, Args)]
@@ -37,7 +38,7 @@ pub struct SaveArgs {
     /// Make one layer of all that the sandbox has, instead of one more on top of its image's
     #[arg(long)]
     pub squash: bool,
-    /// Take the project folder into the image, at its place
+    /// Take the project folder into the image, at its place, with every edit made here until now
     #[arg(long)]
     pub with_folder: bool,
     /// Seconds since 1970 that later times become, instead of when the sandbox's image was made
@@ -109,6 +110,10 @@ pub(super) async fn run(args: SaveArgs, env: &Env) -> Outcome {
     let found = sandbox::find(&cluster, &args.name).await?;
     sandbox::must_run(&found, "saved")?;
     let guest = Guest::of(env, cluster, &found)?;
+    let folder = found.spec.as_ref().and_then(ProjectFolder::of_sandbox);
+    if let Some(folder) = folder.filter(|_| args.with_folder) {
+        sync::before(&guest, &found, &folder, env).await?;
+    }
     let progress = env.printer.progress(format!("saving {}", args.name));
     let show = |step: &v1::ImageImportProgress| {
         progress.set(image::describe("saving", &args.name, step));

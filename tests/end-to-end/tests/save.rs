@@ -201,6 +201,7 @@ fn the_project_folder_goes_into_an_image_when_it_is_asked_for() {
     };
     assert_eq!(run("it", folder.path(), &[make]), "from here");
 
+    fs::write(folder.path().join("src/main"), "edited here\n").unwrap();
     let save = |image: &str, folder: &[&str]| {
         let save = ["save", "--json", "--timestamp", "1700000000", "it", image];
         cluster.json([&save[..], folder].concat())[0].clone()
@@ -215,7 +216,7 @@ fn the_project_folder_goes_into_an_image_when_it_is_asked_for() {
     let place = folder.path().to_str().unwrap();
     let look = format!("cd {place}; cat src/main link; find . | sort");
     let seen = cluster.tow(["exec", "-u", "root", "copy", "--", "/bin/busybox", "sh", "-c", &look]);
-    let expected = "from here\nthere\n.\n./built\n./link\n./src\n./src/main";
+    let expected = "edited here\nthere\n.\n./built\n./link\n./src\n./src/main";
     assert_eq!(seen.finish(SHORT).ok().out(), expected);
     // Its secrets are its secrets.
     let login = format!("machine example.com login me password {}\n", ["q7Zr9", "Lm2Xv4"].concat());
