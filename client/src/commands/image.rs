@@ -12,6 +12,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
+use oci_spec::distribution::Reference;
 use towline_proto::v1;
 
 use crate::cluster::{self, Cluster, Start};
@@ -134,10 +135,14 @@ async fn import(args: ImportArgs, env: &Env) -> Outcome {
     Ok(Exit::OK)
 }
 
+/// An image is called as registries and archives can call it.
 pub(super) fn check_name(name: &str) -> anyhow::Result<()> {
-    if name.is_empty() || name == crate::spec::LOCAL || name.starts_with("sha256:") {
+    let is_taken = name == crate::spec::LOCAL || name.starts_with("sha256:");
+    if is_taken || name.parse::<Reference>().is_err() {
         let text = format!("`{name}` cannot be an image's name");
-        return Err(Failure::usage(text).hint("an image is called like debian:12").into());
+        return Err(Failure::usage(text)
+            .hint("an image is called like debian:12 or team/web:2")
+            .into());
     }
     Ok(())
 }
@@ -274,4 +279,19 @@ async fn rm(args: ImageNamesArgs, env: &Env) -> Outcome {
         }
     }
     Ok(Exit::OK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check_name;
+
+    #[test]
+    fn an_image_is_called_as_registries_can_call_it() {
+        for good in ["debian:12", "debian", "team/web:2", "127.0.0.1:5000/a/b:C_1", "ghcr.io/a/b"] {
+            check_name(good).unwrap();
+        }
+        for bad in ["", "local", "sha256:1", "Bad Ref", "Debian:12", "a:b:c", "a//b", "a:", "-a"] {
+            assert!(check_name(bad).is_err(), "{bad}");
+        }
+    }
 }
