@@ -32,7 +32,10 @@ struct Node {
 
 impl Node {
     fn new() -> Self {
-        let cache = tempfile::tempdir().unwrap();
+        Self::in_cache(tempfile::tempdir().unwrap())
+    }
+
+    fn in_cache(cache: tempfile::TempDir) -> Self {
         let store = Store::open(cache.path()).unwrap();
         let layer = Layer::new().file("etc/conf", 0o644, b"old").file("gone", 0o644, b"x").finish();
         let config = r#"{"Env":["PATH=/bin","A=1"],"Cmd":["old"],"Labels":{"k":"v"},"Other":7}"#;
@@ -351,6 +354,49 @@ fn what_a_guest_may_not_say_makes_no_image() {
     drop(save);
     assert_eq!((node.count("images"), node.count("blobs/sha256")), (images, blobs));
     assert_eq!(node.count("tmp"), 0, "nothing is left");
+}
+
+#[test]
+fn a_full_disk_is_said_and_the_next_save_works() {
+    use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+    struct Unmount(std::path::PathBuf);
+    impl Drop for Unmount {
+        fn drop(&mut self) {
+            let _ = unmount(&self.0, UnmountFlags::DETACH);
+        }
+    }
+    if !has_tools() {
+        return;
+    }
+    let cache = tempfile::tempdir().unwrap();
+    // Room for what is left to others and a little, not for what is saved.
+    let options = Some(c"size=104m");
+    if let Err(error) = mount("tmpfs", cache.path(), "tmpfs", MountFlags::empty(), options) {
+        eprintln!("SKIPPED: mounting a small file system needs root: {error}");
+        return;
+    }
+    let _unmount = Unmount(cache.path().to_owned());
+    let node = Node::in_cache(cache);
+    let before = (node.count("images"), node.count("blobs/sha256"));
+    let mut save = node.begin(|_| {});
+    let file = LayerEntry { size: 60 << 20, ..entry("noise", FileType::Regular) };
+    save.entry(&file).unwrap();
+    let mut number = 0_u32;
+    // Bytes that do not compress.
+    let mut noise = || {
+        let words = (0..1_u32 << 18).map(|_| {
+            number += 1;
+            number.wrapping_mul(2_654_435_761).rotate_left(number % 31)
+        });
+        words.flat_map(u32::to_le_bytes).collect::<Vec<_>>()
+    };
+    let error = (0..60).find_map(|_| save.data(&noise()).err()).unwrap().to_string();
+    assert!(error.starts_with("no space for the image at `"), "{error}");
+    drop(save);
+    assert_eq!((node.count("images"), node.count("blobs/sha256")), before);
+    assert_eq!(node.count("tmp"), 0, "nothing is left");
+    assert_eq!(node.save(&changes()).image.layers, 2);
 }
 
 #[test]

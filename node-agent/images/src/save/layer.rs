@@ -17,7 +17,7 @@ use crate::tar::{self, Header};
 const ZSTD_LEVEL: i32 = 3;
 const GZIP_LEVEL: u32 = 6;
 /// The disk's space is looked at again after so many bytes.
-const SPACE_LOOK: u64 = 64 << 20;
+const SPACE_LOOK: u64 = 16 << 20;
 
 /// A layer that is being written.
 pub(super) struct Writer {
@@ -92,6 +92,7 @@ impl Writer {
         path: PathBuf,
         compression: Compression,
     ) -> Result<Self, SaveError> {
+        store.check_space(SPACE_LOOK)?;
         let made = File::create_new(&path).and_then(|file| Encoder::new(file, compression));
         let encoder = made.map_err(|e| ImageError::io("make", &path, e))?;
         let tar = tar::Writer::new(Hashing::new(encoder));
