@@ -78,21 +78,11 @@ fn a_saved_image_is_what_the_sandbox_was() {
     let folder = cluster.root().join("layout");
     layout(&folder, &[base], &json!({ "Env": ["PATH=/bin"] }));
     cluster.tow(["image", "import", folder.to_str().unwrap(), "base:1"]).finish(SHORT).ok();
-    let create = |name: &str, image: &str, isolation: &str| {
-        let create = ["create", "--image", image, "--no-sync", "--name", name];
-        let shape = ["--isolation", isolation, "--memory", "512MiB", "--disk", "2GiB"];
-        cluster.tow(create.into_iter().chain(shape)).finish(BOOT).ok();
-    };
-    let shell = |name: &str, script: &str| {
-        let exec = ["exec", "-u", "root", name, "--", "/bin/busybox", "sh", "-c"];
-        cluster.tow(exec.into_iter().chain([script])).finish(SHORT).ok().out()
-    };
-    let look = |name: &str| shell(name, &format!("cd /data{LOOK}"));
-    let save = |name: &str, image: &str| {
-        let saved = cluster.json(["save", "--timestamp", "1700000000", "--json", name, image]);
-        assert_eq!(saved[0]["one_instant"], true, "{saved:?}");
-        saved[0]["digest"].as_str().unwrap().to_owned()
-    };
+    let here = Saves(&cluster);
+    let create = |name: &str, image: &str, isolation: &str| here.create(name, image, isolation);
+    let shell = |name: &str, script: &str| here.shell(name, script);
+    let look = |name: &str| here.look(name);
+    let save = |name: &str, image: &str| here.save(name, image);
 
     create("vm", "base:1", "vm");
     let base = cluster.json(["image", "inspect", "--json", "base:1"])[0]["digest"].clone();
@@ -145,10 +135,7 @@ fn a_saved_image_is_what_the_sandbox_was() {
         }
         Err(why) => println!("SKIPPED: no registry: {why}"),
     }
-    let squash = |name: &str, image: &str| {
-        let save = ["save", "--squash", "--timestamp", "1700000000", "--json", name, image];
-        cluster.json(save)[0].clone()
-    };
+    let squash = |name: &str, image: &str| here.squash(name, image);
     let squashed = squash("vm", "squashed:1");
     assert_eq!(squashed["layers"], 1, "{squashed}");
     create("squashed", "squashed:1", "vm");
@@ -164,12 +151,51 @@ fn a_saved_image_is_what_the_sandbox_was() {
         println!("SKIPPED: the `process` driver needs root");
         return;
     }
-    // Another driver, another time: the same bytes.
-    create("process", "base:1", "process");
-    shell("process", CHANGES);
-    same(&look("process"), &seen);
-    assert_eq!(save("process", "saved:6"), digest);
-    assert_eq!(squash("process", "squashed:3")["digest"], squashed["digest"]);
+    // Another node, another driver, another time: the same bytes.
+    let there = match Cluster::prepare() {
+        Ok(cluster) => cluster.allowing("process").with_own_images(),
+        Err(why) => skipped!("{why}"),
+    };
+    there.tow(["up", "--detach"]).finish(BOOT).ok();
+    there.tow(["image", "import", folder.to_str().unwrap(), "base:1"]).finish(SHORT).ok();
+    let there = Saves(&there);
+    there.create("process", "base:1", "process");
+    there.shell("process", CHANGES);
+    same(&there.look("process"), &seen);
+    assert_eq!(there.save("process", "saved:6"), digest);
+    assert_eq!(there.squash("process", "squashed:3")["digest"], squashed["digest"]);
+}
+
+/// What the tests do with a cluster.
+struct Saves<'a>(&'a Cluster);
+
+impl Saves<'_> {
+    fn create(&self, name: &str, image: &str, isolation: &str) {
+        let create = ["create", "--image", image, "--no-sync", "--name", name];
+        let shape = ["--isolation", isolation, "--memory", "512MiB", "--disk", "2GiB"];
+        self.0.tow(create.into_iter().chain(shape)).finish(BOOT).ok();
+    }
+
+    fn shell(&self, name: &str, script: &str) -> String {
+        let exec = ["exec", "-u", "root", name, "--", "/bin/busybox", "sh", "-c"];
+        self.0.tow(exec.into_iter().chain([script])).finish(SHORT).ok().out()
+    }
+
+    fn look(&self, name: &str) -> String {
+        self.shell(name, &format!("cd /data{LOOK}"))
+    }
+
+    /// The image's digest.
+    fn save(&self, name: &str, image: &str) -> String {
+        let saved = self.0.json(["save", "--timestamp", "1700000000", "--json", name, image]);
+        assert_eq!(saved[0]["one_instant"], true, "{saved:?}");
+        saved[0]["digest"].as_str().unwrap().to_owned()
+    }
+
+    fn squash(&self, name: &str, image: &str) -> serde_json::Value {
+        let save = ["save", "--squash", "--timestamp", "1700000000", "--json", name, image];
+        self.0.json(save)[0].clone()
+    }
 }
 
 /// As it is in the sandbox, whoever made it there; and not where no image could hold it.
