@@ -93,7 +93,8 @@ export XDG_CONFIG_HOME="$place/tmp/config" XDG_STATE_HOME="$place/tmp/state"
 for dir in run data config state project; do as_user mkdir -p -m 700 "$place/tmp/$dir"; done
 cd "$place/tmp/project"
 for name in one other; do
-  as_user /opt/nested/tow create --quiet --no-sync --image local --name $name
+  as_user /opt/nested/tow create --quiet --no-sync --image local --name $name \
+    --memory 512MiB --disk 2GiB
 done
 ps -eo uid,pid,comm | grep -E 'towline|cloud-hyp' || true
 tried=0
