@@ -471,6 +471,9 @@ fn pax_records(header: &Header) -> Vec<u8> {
     if header.gid > OCTAL_7 {
         record(b"gid", header.gid.to_string().as_bytes());
     }
+    if !u64::try_from(header.mtime).is_ok_and(|mtime| mtime <= OCTAL_11) {
+        record(b"mtime", header.mtime.to_string().as_bytes());
+    }
     for (name, value) in &header.xattrs {
         record(&[b"SCHILY.xattr.", &name[..]].concat(), value);
     }
@@ -536,15 +539,20 @@ mod tests {
         let long = [b"d/".repeat(120), vec![0xff, b'\n', b'x']].concat();
         let file = header(Type::Regular, &long, 700);
         let folder = header(Type::Directory, b"d", 0);
+        let old = Header { mtime: -315_619_200, ..header(Type::Fifo, b"old", 0) };
+        let late = Header { mtime: 1 << 40, ..header(Type::Fifo, b"late", 0) };
         let mut writer = Writer::new(Vec::new());
-        writer.header(&folder).unwrap();
+        for empty in [&folder, &old, &late] {
+            writer.header(empty).unwrap();
+        }
         writer.header(&file).unwrap();
         writer.data(700, &mut &[7u8; 700][..]).unwrap();
         let bytes = writer.finish().unwrap();
 
         let mut reader = Reader::new(&bytes[..]);
-        assert_eq!(reader.next().unwrap().unwrap(), folder);
-        assert_eq!(reader.next().unwrap().unwrap(), file);
+        for written in [folder, old, late, file] {
+            assert_eq!(reader.next().unwrap().unwrap(), written);
+        }
         let mut content = Vec::new();
         reader.read_to_end(&mut content).unwrap();
         assert_eq!(content, [7; 700]);
