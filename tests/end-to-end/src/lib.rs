@@ -5,6 +5,7 @@
 //! to that cluster's folders. Every wait has a bound and says what it waited for.
 
 pub mod cluster;
+pub mod debian;
 pub mod http;
 pub mod leftovers;
 pub mod moments;

@@ -1,11 +1,13 @@
 //! A real registry on loopback (Debian's docker-registry), and images put into it by skopeo.
 
+use std::fs::OpenOptions;
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::cluster::in_path;
+use crate::oci;
 use crate::run::{Running, wait_for};
 
 /// The one user that a registry with logins knows.
@@ -55,11 +57,12 @@ impl Registry {
         );
         std::fs::write(self.folder.join("config.yml"), config).expect("its configuration");
         std::fs::write(self.folder.join("htpasswd"), HTPASSWD).expect("its users");
+        let log = OpenOptions::new().create(true).append(true).open(self.access_log());
         let child = Command::new("docker-registry")
             .arg("serve")
             .arg(self.folder.join("config.yml"))
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(log.expect("its log"))
             .stderr(Stdio::null())
             .spawn()
             .expect("docker-registry starts");
@@ -79,6 +82,31 @@ impl Registry {
     /// `127.0.0.1:PORT`.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// What it was given so far, by its own log: each upload that was begun, each blob and each
+    /// manifest that it took in.
+    pub fn taken(&self) -> Vec<String> {
+        let log = std::fs::read_to_string(self.access_log()).expect("its log");
+        let taken = |line: &str| {
+            // ADDRESS - - [TIME] "METHOD PATH VERSION" STATUS …
+            let mut parts = line.split('"').skip(1);
+            let (request, after) = (parts.next()?, parts.next()?);
+            let [method, path, _] = request.split(' ').collect::<Vec<_>>().try_into().ok()?;
+            let digest = path.split_once("digest=").map(|(_, digest)| digest.replace("%3A", ":"));
+            match (method, after.split_whitespace().next()?) {
+                ("POST", "202") => Some("begun".to_owned()),
+                ("POST", "201") => Some("mounted".to_owned()),
+                ("PUT", "201") if path.contains("/blobs/uploads/") => digest,
+                ("PUT", "201") => Some(path.to_owned()),
+                _ => None,
+            }
+        };
+        log.lines().filter_map(taken).collect()
+    }
+
+    fn access_log(&self) -> PathBuf {
+        self.folder.join("access.log")
     }
 
     /// Copies an OCI layout into it as `NAME:latest`.
@@ -110,6 +138,14 @@ impl Registry {
     /// The same under another tag.
     #[track_caller]
     pub fn layers_of(&self, name: &str, tag: &str) -> Vec<String> {
+        let manifest = self.manifest(name, tag);
+        let layers = manifest["layers"].as_array().expect("its layers");
+        layers.iter().map(|layer| layer["digest"].as_str().expect("a digest").to_owned()).collect()
+    }
+
+    /// An image's manifest as skopeo sees it.
+    #[track_caller]
+    pub fn manifest(&self, name: &str, tag: &str) -> serde_json::Value {
         let mut command = Command::new("skopeo");
         command.args(["inspect", "--raw", "--tls-verify=false"]);
         if self.login {
@@ -117,9 +153,22 @@ impl Registry {
         }
         command.arg(format!("docker://{}/{name}:{tag}", self.address()));
         let raw = Running::start(&mut command, None).finish(BOUND).ok();
-        let manifest: serde_json::Value = serde_json::from_slice(&raw.stdout).expect("a manifest");
-        let layers = manifest["layers"].as_array().expect("its layers");
-        layers.iter().map(|layer| layer["digest"].as_str().expect("a digest").to_owned()).collect()
+        serde_json::from_slice(&raw.stdout).expect("a manifest")
+    }
+
+    /// Copies an image out of it into a folder, by skopeo, which checks all of it; gives the digest.
+    #[track_caller]
+    pub fn pull(&self, name: &str, tag: &str, folder: &Path) -> String {
+        let mut command = Command::new("skopeo");
+        command.args(["copy", "--quiet", "--insecure-policy", "--src-tls-verify=false"]);
+        command.arg("--preserve-digests");
+        if self.login {
+            command.arg("--src-creds").arg(format!("{}:{}", USER.0, USER.1));
+        }
+        command.arg(format!("docker://{}/{name}:{tag}", self.address()));
+        command.arg(format!("dir:{}", folder.display()));
+        Running::start(&mut command, None).finish(BOUND).ok();
+        oci::digest(&std::fs::read(folder.join("manifest.json")).expect("a manifest"))
     }
 }
 

@@ -9,7 +9,7 @@ use serde_json::json;
 use towline_end_to_end::cluster::{BOOT, SHORT};
 use towline_end_to_end::oci::{File, layer, layout};
 use towline_end_to_end::registry::Registry;
-use towline_end_to_end::run::Running;
+use towline_end_to_end::run::{Running, wait_for};
 use towline_end_to_end::{Cluster, skipped};
 
 /// An image whose every setting shows in what it prints, with a layer of noise.
@@ -193,11 +193,7 @@ fn an_image_goes_out_to_a_registry_and_to_files() {
     let hint = format!("`docker login {}`", registry.address());
     assert!(failed.err().contains("wants a login to write to team/app"), "{}", failed.err());
     assert!(failed.err().contains(&hint), "{}", failed.err());
-    let docker = cluster.home().join(".docker");
-    fs::create_dir_all(&docker).unwrap();
-    // alice:s3cret
-    let auths = json!({"auths": {registry.address(): {"auth": "YWxpY2U6czNjcmV0"}}});
-    fs::write(docker.join("config.json"), auths.to_string()).unwrap();
+    log_in(&cluster, &registry);
     let told = |finished: towline_end_to_end::Finished| {
         serde_json::from_str::<serde_json::Value>(&finished.ok().out()).unwrap()
     };
@@ -244,4 +240,84 @@ fn an_image_goes_out_to_a_registry_and_to_files() {
     assert!(failed.stdout.len() > 1 << 20, "what was read until then went out");
     let left = fs::read_dir(cluster.root()).unwrap().flatten();
     assert!(left.into_iter().all(|e| !e.file_name().to_string_lossy().starts_with(".tow-export")));
+}
+
+/// What `docker login` writes.
+fn log_in(cluster: &Cluster, registry: &Registry) {
+    let docker = cluster.home().join(".docker");
+    fs::create_dir_all(&docker).unwrap();
+    // alice:s3cret
+    let auths = json!({"auths": {registry.address(): {"auth": "YWxpY2U6czNjcmV0"}}});
+    fs::write(docker.join("config.json"), auths.to_string()).unwrap();
+}
+
+/// Two clusters that share nothing but a registry, without logins and with them.
+#[test]
+fn what_is_saved_here_starts_elsewhere_and_only_what_is_new_is_sent() {
+    let Ok(busybox) = fs::read("/bin/busybox") else {
+        skipped!("/bin/busybox (busybox-static) is not installed: make test installs it");
+    };
+    let [here, elsewhere] = match [Cluster::prepare(), Cluster::prepare()] {
+        [Ok(here), Ok(elsewhere)] => [here, elsewhere].map(Cluster::with_own_images),
+        [Err(why), _] | [_, Err(why)] => skipped!("{why}"),
+    };
+    for cluster in [&here, &elsewhere] {
+        cluster.tow(["up", "--detach"]).finish(BOOT).ok();
+    }
+    let layout = image(here.root(), &busybox);
+    here.tow(["image", "import", layout.to_str().unwrap(), "base:1"]).finish(SHORT).ok();
+    here.tow(["create", "--image", "base:1", "--no-sync", "--name", "it"]).finish(BOOT).ok();
+    let append = |text: &str| {
+        let script = format!("echo {text} >> /srv/kept");
+        let exec = ["exec", "-u", "root", "it", "--", &script];
+        here.tow(exec).finish(SHORT).ok();
+    };
+    for login in [false, true] {
+        let folder = here.root().join(format!("registry-{login}"));
+        let registry = match Registry::start(&folder, login) {
+            Ok(registry) => registry,
+            Err(why) => skipped!("{why}"),
+        };
+        if login {
+            for cluster in [&here, &elsewhere] {
+                log_in(cluster, &registry);
+            }
+        }
+        let mut sent = 0;
+        for tag in ["1", "2"] {
+            append(&format!("{tag}-{login}"));
+            let name = format!("{}/team/app:{tag}", registry.address());
+            let digest = here.tow(["save", "--push", "it", &name]).finish(SHORT).ok().out();
+            let copy = here.root().join(format!("copy-{login}-{tag}"));
+            assert_eq!(registry.pull("team/app", tag, &copy), digest);
+            let manifest = registry.manifest("team/app", tag);
+
+            let manifest_at = format!("/v2/team/app/manifests/{tag}");
+            let taken = wait_for("the registry's log", SHORT, || {
+                let taken = registry.taken().split_off(sent);
+                taken.contains(&manifest_at).then_some(taken)
+            });
+            sent += taken.len();
+            let of = |blob: &serde_json::Value| blob["digest"].as_str().unwrap().to_owned();
+            let layers = manifest["layers"].as_array().unwrap();
+            assert_eq!(layers.len(), 3);
+            // The layers of the base only once.
+            let new = layers.iter().skip(if tag == "1" { 0 } else { 2 }).map(of);
+            let new: Vec<_> = new.chain([of(&manifest["config"])]).collect();
+            let mut expected = vec!["begun".to_owned(); new.len()];
+            expected.extend(new);
+            expected.push(manifest_at);
+            same(taken, expected);
+
+            let run = ["run", "--rm", "--no-sync", "--image", &name, "--", "cat kept"];
+            let shown = elsewhere.tow(run).finish(BOOT).ok().out();
+            assert!(shown.ends_with(&format!("{tag}-{login}")), "{shown}");
+        }
+    }
+}
+
+fn same(mut one: Vec<String>, mut other: Vec<String>) {
+    one.sort();
+    other.sort();
+    assert_eq!(one, other);
 }
