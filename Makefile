@@ -54,7 +54,7 @@ test-nested: build kernel ## Test with a real Cloud Hypervisor (TOWLINE_CLOUD_HY
 	@tests/setup/packages.sh test
 	@tests/nested/run.sh $(TARGET)/debug
 
-bench-save: release ## Measure tow save beside tar, zstd and umoci
+bench-save: release ## Measure tow save beside tar, zstd, umoci and buildah
 	@tests/setup/packages.sh bench
 	$(TARGET)/release/towline-node-agent prepare
 	cargo run --release -p towline-benches -- --bin-dir $(TARGET)/release --save

@@ -9,7 +9,7 @@ set -eu
 needed="qemu-system-x86_64:qemu-system-x86 mksquashfs:squashfs-tools mke2fs:e2fsprogs depmod:kmod dpkg-deb:dpkg cc:gcc curl:curl"
 case "${1:-}" in
   test) needed="$needed tmux:tmux unsquashfs:squashfs-tools git:git busybox:busybox-static cpio:cpio ip:iproute2 ssh-agent:openssh-client skopeo:skopeo umoci:umoci docker-registry:docker-registry mmdebstrap:mmdebstrap perl:perl" ;;
-  bench) needed="$needed ssh:openssh-client sshd:openssh-server skopeo:skopeo umoci:umoci zstd:zstd docker-registry:docker-registry" ;;
+  bench) needed="$needed ssh:openssh-client sshd:openssh-server skopeo:skopeo umoci:umoci zstd:zstd docker-registry:docker-registry buildah:buildah" ;;
 esac
 
 missing=""
