@@ -1,5 +1,5 @@
 //! `tow save`: makes an image of a running sandbox: the image that it is of, and one layer more with
-//! what it changed.
+//! what it changed; or one layer of all that it has.
 
 use std::path::{Path, PathBuf};
 

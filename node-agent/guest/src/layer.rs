@@ -154,7 +154,11 @@ impl Trees {
     }
 
     fn project(&self) -> Result<Project, Refusal> {
-        let none = || Refusal::invalid("the sandbox has no project folder (`--no-sync`)");
+        let none = || {
+            let why = "the sandbox has no project folder (`--no-sync`): save it without \
+                       `--with-folder`";
+            Refusal::invalid(why)
+        };
         let (at, folder) = self.project.as_ref().ok_or_else(none)?;
         let names = at.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b"."));
         let path = names.collect::<Vec<_>>().join(&b'/');
@@ -162,13 +166,17 @@ impl Trees {
         if OwnPaths::is_beneath_volatile(&path) {
             let why = format!(
                 "the project folder is {}, of which no image holds anything: its content does not \
-                 outlive a start",
+                 outlive a start; move the folder elsewhere, or save without `--with-folder`",
                 shown()
             );
             return Err(Refusal::invalid(why));
         }
         if !root::leads_straight(&self.root, &path) {
-            let why = format!("a link of the image is on the way to {}", shown());
+            let why = format!(
+                "the image has a link, or no directory, on the way to the project folder {}; save \
+                 without `--with-folder`",
+                shown()
+            );
             return Err(Refusal::invalid(why));
         }
         Ok(Project { folder: self.open(folder)?, path })

@@ -236,14 +236,12 @@ fn the_project_folder_goes_into_an_image_when_it_is_asked_for() {
     assert_eq!(without["changes"], 0, "{without}");
     assert_eq!(with["one_instant"], true, "{with}");
     assert_eq!(save("with:2", &["--with-folder"])["digest"], with["digest"]);
-    let create = ["create", "--no-sync", "--image", "with:1", "--name", "copy"];
-    let shape = ["--memory", "512MiB", "--disk", "2GiB"];
-    cluster.tow(create.into_iter().chain(shape)).finish(BOOT).ok();
+    let here = Saves(&cluster);
+    here.create("copy", "with:1", "vm");
     let place = folder.path().to_str().unwrap();
     let look = format!("cd {place}; cat src/main link; find . | sort");
-    let seen = cluster.tow(["exec", "-u", "root", "copy", "--", "/bin/busybox", "sh", "-c", &look]);
     let expected = "edited here\nthere\n.\n./built\n./link\n./src\n./src/main";
-    assert_eq!(seen.finish(SHORT).ok().out(), expected);
+    assert_eq!(here.shell("copy", &look), expected);
     // Its secrets are its secrets.
     let login = format!("machine example.com login me password {}\n", ["q7Zr9", "Lm2Xv4"].concat());
     let shell = ["exec", "it", "--", "/bin/busybox", "sh", "-c"];
@@ -290,13 +288,9 @@ fn a_save_that_is_cut_off_leaves_the_sandbox_as_it_was() {
     let folder = cluster.root().join("layout");
     layout(&folder, &[base], &json!({ "Env": ["PATH=/bin"] }));
     cluster.tow(["image", "import", folder.to_str().unwrap(), "base:1"]).finish(SHORT).ok();
-    let create = ["create", "--image", "base:1", "--no-sync", "--name", "it"];
-    let shape = ["--memory", "512MiB", "--disk", "2GiB"];
-    cluster.tow(create.into_iter().chain(shape)).finish(BOOT).ok();
-    let shell = |script: &str| {
-        let exec = ["exec", "-u", "root", "it", "--", "/bin/busybox", "sh", "-c", script];
-        cluster.tow(exec).finish(SHORT).ok().out()
-    };
+    let here = Saves(&cluster);
+    here.create("it", "base:1", "vm");
+    let shell = |script: &str| here.shell("it", script);
     // Enough to be in the middle of, and a workload that shows whether it runs.
     shell("dd if=/dev/urandom of=/large bs=1M count=128 2>/dev/null");
     shell("(while true; do date +%s%N > /tmp/tick; sleep 0.1; done) > /dev/null 2>&1 &");
